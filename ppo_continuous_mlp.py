@@ -1,0 +1,697 @@
+# /// script
+# requires-python = ">=3.11"
+# dependencies = [
+#     "torch==2.13.0",
+#     "gymnasium[box2d]>=1.4,<2",
+#     "numpy>=1.26",
+#     "tensorboard>=2.16",
+#     "tyro>=1.0",
+#     "tqdm>=4.66",
+#     "moviepy>=2.0",
+# ]
+# ///
+"""PPO for continuous actions and vector observations: LunarLander, BipedalWalker, Pendulum, MuJoCo and their like.
+
+    python ppo_continuous_mlp.py                               # train, then evaluate on unseen seeds
+    tensorboard --logdir runs                                  # watch it learn
+    python ppo_continuous_mlp.py --evaluate runs/NAME --render # watch what it learned
+
+Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (PPO); Schulman et al. 2015,
+"High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE); Huang et al. 2022, "The 37
+Implementation Details of Proximal Policy Optimization" (details).
+"""
+
+import math
+import multiprocessing
+import os
+import pickle
+import signal
+import sys
+import time
+from collections import deque
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+
+import gymnasium as gym
+import numpy as np
+import torch
+import tyro
+from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
+from torch import nn
+from tqdm import tqdm
+
+
+@dataclass(frozen=True)
+class Args:
+    # Run
+    seed: int = 1
+    """seed of the weights, the sampled actions and the training environments (seed, seed + 1, ...)"""
+    cuda: bool = field(default_factory=torch.cuda.is_available)
+    """train on the GPU; the default where there is one"""
+    torch_deterministic: bool = True
+    """let cuDNN use deterministic kernels only"""
+    num_threads: int = 1
+    """torch's threads in an update (collection always takes one)"""
+    resume: Path | None = None
+    """go on with this run: its folder, or one of its checkpoints"""
+    evaluate: Path | None = None
+    """play this run's folder or checkpoint instead of training"""
+    eval_episodes: int = 100
+    """episodes of an evaluation, with --evaluate and after training"""
+    eval_seed: int = 1_000_000
+    """seed of an evaluation's first episode; the others count up from it"""
+    render: bool = False
+    """show the evaluation in a window"""
+    capture_video: bool = False
+    """record the first episode of the evaluation as mp4 under the run's videos/"""
+
+    # Environment
+    env_id: str = "LunarLanderContinuous-v3"
+    """any Gymnasium environment with Box actions and a flat Box of observations"""
+    num_envs: int = 16
+    """environments that are stepped side by side"""
+    async_envs: bool = False
+    """one process per environment; pays when a step takes longer than about 0.1 ms"""
+
+    # PPO
+    total_timesteps: int = 1_000_000
+    """environment steps in all"""
+    learning_rate: float = 3e-4
+    """Adam's step size at the start"""
+    num_steps: int = 512
+    """steps per environment and rollout"""
+    anneal_lr: bool = True
+    """lower the learning rate linearly to 0"""
+    anneal_clip: bool = True
+    """lower the clip range linearly to 0"""
+    gamma: float = 0.999
+    """discount factor"""
+    gae_lambda: float = 0.98
+    """lambda of the advantage estimator: 0 trusts the critic, 1 the sampled return"""
+    num_minibatches: int = 32
+    """minibatches per epoch"""
+    update_epochs: int = 10
+    """passes over each rollout"""
+    norm_adv: bool = True
+    """normalise advantages within each minibatch"""
+    clip_coef: float = 0.2
+    """clip range of the probability ratio at the start"""
+    clip_vloss: bool = False
+    """also clip how far a value may move in one update"""
+    ent_coef: float = 0.0
+    """weight of the entropy bonus"""
+    vf_coef: float = 0.5
+    """weight of the value loss"""
+    max_grad_norm: float = 0.5
+    """gradients are scaled down to this norm"""
+    target_kl: float | None = None
+    """end an update after the epoch whose approx_kl exceeds this"""
+    norm_reward: bool = True
+    """divide rewards by the running standard deviation of the discounted return"""
+
+    # Output
+    exp_name: str = Path(__file__).stem
+    """the run's name in its folder"""
+    log_dir: Path = Path("runs")
+    """where the folders of runs go"""
+    checkpoint_interval: int = 10
+    """iterations (a rollout and its update) between two checkpoints"""
+
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
+
+    @property
+    def minibatch_size(self) -> int:
+        return self.batch_size // self.num_minibatches
+
+    @property
+    def num_iterations(self) -> int:
+        return self.total_timesteps // self.batch_size
+
+
+class InputError(ValueError):
+    """A flag, environment or checkpoint that can't be used; the message says why and what to do."""
+
+
+def check_args(args: Args) -> None:
+    """Refuses what contradicts itself, before anything is created. Raises InputError."""
+
+    def require(holds: bool, name: str, condition: str) -> None:
+        if not holds:
+            raise InputError(f"--{name.replace('_', '-')} must be {condition}, not {getattr(args, name)}")
+
+    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs"):
+        require(getattr(args, name) >= 1, name, "at least 1")
+    for name in ("num_threads", "eval_episodes", "checkpoint_interval"):
+        require(getattr(args, name) >= 1, name, "at least 1")
+    for name in ("seed", "eval_seed", "ent_coef", "vf_coef"):
+        require(0 <= getattr(args, name) < math.inf, name, "0 or more")
+    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+        require(0 < getattr(args, name) < math.inf, name, "above 0")
+    for name in ("gamma", "gae_lambda"):
+        require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
+    require(args.target_kl is None or args.target_kl > 0, "target_kl", "above 0")
+    batch = f"num_envs * num_steps = {args.batch_size}"
+    require(args.batch_size % args.num_minibatches == 0, "num_minibatches", f"a divisor of {batch}")
+    require(args.total_timesteps >= args.batch_size, "total_timesteps", f"at least one rollout, {batch}")
+    training_seeds = range(args.seed, args.seed + args.num_envs)
+    unseen = args.eval_seed + args.eval_episodes <= args.seed or args.eval_seed not in training_seeds
+    require(unseen, "eval_seed", f"clear of the training seeds {args.seed} to {training_seeds[-1]}")
+    require(args.resume is None or args.evaluate is None, "resume", "used without --evaluate")
+    require(not args.render or args.evaluate is not None, "render", "used with --evaluate")
+
+
+def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
+    """Builds one environment. Raises gymnasium.error.Error where ``args.env_id`` can't be made."""
+    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is for the process that trains
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if video_folder is None:
+        return gym.make(args.env_id, render_mode="human" if args.render else None)
+    env = gym.make(args.env_id, render_mode="rgb_array")
+    return gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
+
+
+def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | None = None) -> gym.vector.VectorEnv:
+    """Builds ``num_envs`` environments behind one interface.
+
+    For training, an episode's end and the next one's start share a step (SAME_STEP: its true last observation is in
+    ``infos["final_obs"]``), returns are recorded raw, and rewards come out scaled. For evaluation nothing resets by
+    itself, so that each episode can get its own seed. Raises InputError.
+    """
+    vectorize = AsyncVectorEnv if args.async_envs else SyncVectorEnv
+    videos = [video_folder] + [None] * (num_envs - 1)  # only the first environment is filmed
+    try:
+        envs = vectorize(
+            [partial(make_env, args, training, video) for video in videos],
+            copy=False,  # collect() copies each observation into the rollout before the next step
+            autoreset_mode=AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED,
+        )
+    except gym.error.Error as error:
+        raise InputError(f"--env-id {args.env_id}: {error}") from error
+    if training:
+        envs = NormalizeReward(RecordEpisodeStatistics(envs), gamma=args.gamma)
+        envs.update_running_mean = args.norm_reward  # its variance starts at 1: frozen, it changes nothing
+    return envs
+
+
+class RunningNorm(nn.Module):
+    """Shifts and scales observations to mean 0 and variance 1, by the statistics of all that training has seen.
+
+    They are buffers: a checkpoint holds them, and every observation, a truncated episode's last one too, is
+    normalised alike. They change between iterations only, so the ratio of an update starts at exactly 1.
+    """
+
+    def __init__(self, shape: tuple[int, ...]):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(shape))
+        self.register_buffer("var", torch.ones(shape))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return ((x.float() - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+
+    @torch.no_grad()
+    def update(self, x: torch.Tensor) -> None:
+        """Merges the statistics of ``x [..., *shape]`` into the running ones (Chan et al. 1979)."""
+        x = x.reshape(-1, *self.mean.shape).float()
+        total, delta = self.count + len(x), x.mean(0) - self.mean
+        spread = self.count * self.var + len(x) * x.var(0, correction=0)
+        self.var.copy_((spread + delta**2 * self.count * len(x) / total) / total)
+        self.mean += delta * len(x) / total
+        self.count.copy_(total)
+
+
+def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
+    """Orthogonal weights of gain ``std``, no bias (Huang et al. 2022, detail 2)."""
+    nn.init.orthogonal_(layer.weight, std)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Agent(nn.Module):
+    """Actor and critic on a vector of observations; the policy is a normal distribution per action dimension.
+
+    Its standard deviation does not depend on the state. What is sampled is unbounded: env_action() clips it for the
+    environment only, and log-probabilities are those of the unclipped action.
+    """
+
+    def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
+        super().__init__()
+        if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
+            raise InputError(f"{args.env_id} has no flat Box of observations; ppo_carracing.py learns from pixels")
+        if not isinstance(action_space, gym.spaces.Box):
+            raise InputError(f"{args.env_id} has no Box actions; ppo_cartpole.py takes Discrete ones")
+
+        def trunk() -> nn.Module:
+            first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
+            return nn.Sequential(layer_init(first), nn.Tanh(), layer_init(second), nn.Tanh())
+
+        self.obs_norm = RunningNorm(observation_space.shape)
+        self.actor_mean = nn.Sequential(trunk(), layer_init(nn.Linear(64, action_space.shape[0]), std=0.01))
+        self.actor_logstd = nn.Parameter(torch.zeros(action_space.shape[0]))
+        self.critic = nn.Sequential(trunk(), layer_init(nn.Linear(64, 1), std=1.0))
+        self.low, self.high = action_space.low, action_space.high
+
+    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+        """V(obs) ``[batch]`` of ``obs [batch, *obs_shape]``."""
+        return self.critic(self.obs_norm(obs)).squeeze(-1)
+
+    def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        """Samples an action, or takes ``action`` as given. Returns (action, log-probability, entropy, value)."""
+        obs = self.obs_norm(obs)
+        mean, std = self.actor_mean(obs), self.actor_logstd.exp()
+        if action is None:
+            action = mean + std * torch.randn_like(mean)
+        nats = self.actor_logstd + 0.5 * math.log(2 * math.pi)  # -log of the density's peak
+        logprob = -(0.5 * ((action - mean) / std) ** 2 + nats).sum(-1)
+        entropy = (nats + 0.5).sum().expand(len(obs))
+        return action, logprob, entropy, self.critic(obs).squeeze(-1)
+
+    def act(self, obs: torch.Tensor) -> torch.Tensor:
+        """The action that evaluation plays: the mean."""
+        return self.actor_mean(self.obs_norm(obs))
+
+    def env_action(self, action: torch.Tensor) -> np.ndarray:
+        """What the environment takes for ``action``: the nearest point of its box."""
+        return np.clip(action.cpu().numpy(), self.low, self.high)
+
+    def observe(self, obs: torch.Tensor) -> None:
+        """Takes a rollout's observations into the statistics that normalise the next ones."""
+        self.obs_norm.update(obs)
+
+
+def compute_gae(
+    rewards: torch.Tensor,
+    values: torch.Tensor,
+    next_values: torch.Tensor,
+    terminations: torch.Tensor,
+    dones: torch.Tensor,
+    gamma: float,
+    gae_lambda: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Generalized advantage estimation (Schulman et al. 2015, eq. 16), without a loop over time.
+
+    All tensors are floating point ``[num_steps, num_envs]``. ``next_values[t]`` is the value of the observation that
+    step t led to, before any reset; ``terminations`` is 1 where an episode really ended, ``dones`` where it ended or
+    was cut off by a time limit. Termination stops bootstrapping, truncation only the trace:
+
+        delta_t = r_t + gamma (1 - termination_t) V(s_t+1) - V(s_t)
+        A_t = delta_t + gamma lambda (1 - done_t) A_t+1
+
+    This recurrence is a linear scan. Each round below lets A_t reach twice as far ahead, so that ceil(log2 num_steps)
+    rounds of whole-tensor operations solve it (Hillis & Steele 1986; Blelloch 1990). Returns (advantages, returns),
+    where returns = advantages + values are the critic's targets.
+    """
+    advantages = rewards + gamma * (1 - terminations) * next_values - values
+    trace = gamma * gae_lambda * (1 - dones)  # the weight of A_t+reach in A_t; its tail, past the end, is cut off
+    reach = 1
+    while reach < len(rewards):
+        ahead = trace[: len(rewards) - reach] * advantages[reach:]
+        advantages = torch.cat([advantages[:-reach] + ahead, advantages[-reach:]])
+        trace = trace[:-reach] * trace[reach:]
+        reach *= 2
+    return advantages, advantages + values
+
+
+def ppo_loss(
+    new_logprob: torch.Tensor,
+    logprob: torch.Tensor,
+    advantages: torch.Tensor,
+    entropy: torch.Tensor,
+    new_value: torch.Tensor,
+    value: torch.Tensor,
+    returns: torch.Tensor,
+    clip_coef: float,
+    vf_coef: float,
+    ent_coef: float,
+    clip_vloss: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """PPO's objective (Schulman et al. 2017, eq. 9), as a loss. All tensors are ``[batch]``.
+
+    Returns the loss and, detached, what is logged: (policy_loss, value_loss, entropy, old_approx_kl, approx_kl,
+    clipfrac), each a mean over the batch. approx_kl is the estimator (r - 1) - log r of http://joschu.net/blog/kl-approx.html
+    """
+    logratio = new_logprob - logprob
+    ratio = logratio.exp()
+    clipped = ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    policy_loss = -torch.min(advantages * ratio, advantages * clipped).mean()  # eq. 7
+    value_loss = (new_value - returns) ** 2
+    if clip_vloss:
+        moved = value + (new_value - value).clamp(-clip_coef, clip_coef)
+        value_loss = torch.max(value_loss, (moved - returns) ** 2)
+    value_loss = 0.5 * value_loss.mean()
+    entropy = entropy.mean()
+    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
+    with torch.no_grad():
+        approx_kl = ((ratio - 1) - logratio).mean()
+        clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
+        stats = torch.stack([policy_loss, value_loss, entropy, -logratio.mean(), approx_kl, clipfrac])
+    return loss, stats
+
+
+def anneal(initial: float, progress: float, enabled: bool = True) -> float:
+    """Falls linearly from ``initial`` at progress 0 to 0 at progress 1; constant where not ``enabled``."""
+    return initial * (1 - progress) if enabled else initial
+
+
+def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> dict[str, torch.Tensor]:
+    """Allocates what collect() fills: tensors ``[num_steps, num_envs, ...]`` on ``device``, pixels as uint8."""
+    obs_space, action_space = envs.single_observation_space, envs.single_action_space
+    pixels, discrete = obs_space.dtype == np.uint8, np.issubdtype(action_space.dtype, np.integer)
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        return torch.zeros(args.num_steps, args.num_envs, *shape, dtype=dtype, device=device)
+
+    return {
+        "obs": empty(*obs_space.shape, dtype=torch.uint8 if pixels else torch.float32),
+        "actions": empty(*action_space.shape, dtype=torch.int64 if discrete else torch.float32),
+        **{name: empty() for name in ("logprobs", "values", "next_values", "rewards", "terminations", "dones")},
+    }
+
+
+@torch.inference_mode()
+def collect(
+    agent: nn.Module, envs: gym.vector.VectorEnv, rollout: dict[str, torch.Tensor], obs: np.ndarray
+) -> tuple[np.ndarray, list[tuple[float, int]]]:
+    """Plays ``num_steps`` steps in every environment and fills ``rollout`` with them.
+
+    ``obs [num_envs, *obs_shape]`` is what the environments showed last. Returns what they show now, and the
+    (return, length) of each episode that ended on the way.
+    """
+    num_steps, num_envs = rollout["rewards"].shape
+    device = rollout["rewards"].device
+    rewards, terminations, truncations = (np.zeros((num_steps, num_envs), np.float32) for _ in range(3))
+    episodes, last_obs, last_steps, last_envs = [], [], [], []
+    for step in range(num_steps):
+        current = rollout["obs"][step].copy_(torch.from_numpy(obs))
+        action, logprob, _, value = agent.get_action_and_value(current)
+        rollout["actions"][step] = action
+        rollout["logprobs"][step] = logprob
+        rollout["values"][step] = value
+        obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
+        terminations[step], truncations[step] = terminated, truncated & ~terminated
+        if "_episode" in infos:
+            ended = np.flatnonzero(infos["_episode"])
+            episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+            for env in np.flatnonzero(truncations[step]):
+                last_obs.append(infos["final_obs"][env])
+                last_steps.append(step)
+                last_envs.append(env)
+    rollout["rewards"].copy_(torch.from_numpy(rewards))
+    rollout["terminations"].copy_(torch.from_numpy(terminations))
+    rollout["dones"].copy_(torch.from_numpy(terminations + truncations))
+    # A step leads to the next step's observation, but the last step to the one in hand, and a truncated one to the
+    # observation that the reset hid (Pardo et al. 2018, "Time Limits in Reinforcement Learning").
+    rollout["next_values"][:-1] = rollout["values"][1:]
+    rollout["next_values"][-1] = agent.get_value(torch.from_numpy(obs).to(device))
+    if last_obs:
+        rollout["next_values"][last_steps, last_envs] = agent.get_value(torch.from_numpy(np.stack(last_obs)).to(device))
+    return obs, episodes
+
+
+def update(
+    agent: nn.Module, optimizer: torch.optim.Optimizer, rollout: dict[str, torch.Tensor], args: Args, clip_coef: float
+) -> dict[str, float]:
+    """Improves the agent on one rollout: epochs of shuffled minibatches. Returns what is logged, as means."""
+    names = ("rewards", "values", "next_values", "terminations", "dones")
+    advantages, returns = compute_gae(*(rollout[name] for name in names), args.gamma, args.gae_lambda)
+    columns = {name: rollout[name] for name in ("obs", "actions", "logprobs", "values")}
+    columns |= {"advantages": advantages, "returns": returns}
+    batch = {name: column.flatten(0, 1) for name, column in columns.items()}
+    stats = []
+    for _ in range(args.update_epochs):
+        shuffle = torch.randperm(args.batch_size, device=returns.device)
+        shuffled = {name: column[shuffle] for name, column in batch.items()}  # one gather; minibatches are views
+        for start in range(0, args.batch_size, args.minibatch_size):
+            mb = {name: column[start : start + args.minibatch_size] for name, column in shuffled.items()}
+            _, new_logprob, entropy, new_value = agent.get_action_and_value(mb["obs"], mb["actions"])
+            advantages = mb["advantages"]
+            if args.norm_adv and len(advantages) > 1:
+                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+            loss, loss_stats = ppo_loss(
+                new_logprob, mb["logprobs"], advantages, entropy, new_value, mb["values"], mb["returns"],
+                clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
+            )  # fmt: skip
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            stats.append(torch.cat([loss_stats, grad_norm.view(1)]))
+        if args.target_kl is not None and stats[-1][4] > args.target_kl:
+            break
+    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    return dict(zip(names, torch.stack(stats).mean(0).tolist())) | {"explained_variance": 1 - unexplained.item()}
+
+
+def save_checkpoint(path: Path, checkpoint: dict) -> None:
+    """Writes ``checkpoint`` to ``path``, whole or not at all: a crash leaves the previous file."""
+    unfinished = path.with_suffix(".tmp")
+    with open(unfinished, "wb") as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(unfinished, path)
+
+
+def load_checkpoint(path: Path) -> dict:
+    """Reads a checkpoint, or the ``latest.pt`` of a run's folder, as data only. Raises InputError."""
+    path = path / "latest.pt" if path.is_dir() else path
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        script = checkpoint["script"]
+    except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+        raise InputError(f"{path} is no checkpoint that can be read ({type(error).__name__})") from error
+    if script != Path(__file__).stem:
+        raise InputError(f"{path} was written by {script}.py: use that script")
+    return checkpoint
+
+
+# What describes this call and not the agent: never saved, always from the command line.
+CALL = ("cuda", "num_threads", "resume", "evaluate", "eval_episodes", "eval_seed", "render", "capture_video", "log_dir")
+
+
+def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args:
+    """Takes a checkpoint's settings over. Raises InputError where a flag, but for those in ``free``, contradicts."""
+    defaults, saved = asdict(Args()), checkpoint["args"]
+    given = {name for name, value in asdict(args).items() if value != defaults[name]}
+    for name in sorted(given & saved.keys() - set(free)):
+        if getattr(args, name) != saved[name]:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            raise InputError(f"{flag} contradicts the checkpoint's {saved[name]}: leave the flag out")
+    return replace(args, **{name: value for name, value in saved.items() if name not in given})
+
+
+def pick_device(args: Args) -> torch.device:
+    """The GPU if ``args.cuda`` and there is one, else the CPU, with a warning where a GPU was asked for."""
+    if args.cuda and not torch.cuda.is_available():
+        print("warning: --cuda, but torch finds no GPU: going on with the CPU", file=sys.stderr)
+    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def open_writer(args: Args, folder: Path, global_step: int):
+    """Opens a run's TensorBoard log: hyperparameters as text and in the HPARAMS tab, one page of first-look charts."""
+    from torch.utils.tensorboard import SummaryWriter  # here, because evaluation and import need not wait for it
+    from torch.utils.tensorboard.summary import hparams
+
+    writer = SummaryWriter(str(folder), purge_step=global_step + 1 if global_step else None)
+    settings = {name: value if isinstance(value, int | float) else str(value) for name, value in asdict(args).items()}
+    table = "\n".join(f"|{name}|{value}|" for name, value in settings.items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    for summary in hparams(settings, {"eval/return_mean": 0.0, "charts/episodic_return": 0.0})[:2]:
+        writer.file_writer.add_summary(summary)
+    pages = {
+        "return": ["charts/episodic_return", "eval/return_mean"],
+        "policy": ["losses/entropy", "losses/approx_kl", "losses/clipfrac"],
+        "critic": ["losses/explained_variance", "losses/value_loss"],
+        "speed": ["charts/SPS"],
+    }
+    writer.add_custom_scalars({"PPO": {name: ["Multiline", tags] for name, tags in pages.items()}})
+    return writer
+
+
+@contextmanager
+def caught_signals():
+    """Yields a list that collects SIGINT and SIGTERM, for a run to end between iterations; the second one kills."""
+    caught = []
+
+    def catch(signum, frame):
+        caught.append(signum)
+        signal.signal(signum, signal.SIG_DFL)
+
+    previous = {signum: signal.signal(signum, catch) for signum in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+def train(args: Args) -> Path:
+    """Trains to ``args.total_timesteps``, evaluates the final weights and returns the run's folder.
+
+    Raises InputError where ``args`` can't be used, SystemExit (130 or 143) after SIGINT or SIGTERM.
+    """
+    checkpoint = None if args.resume is None else load_checkpoint(args.resume)
+    args = args if checkpoint is None else adopt_args(args, checkpoint)
+    check_args(args)
+    device = pick_device(args)
+    torch.manual_seed(args.seed)
+    torch.backends.cudnn.deterministic = args.torch_deterministic
+    with closing(make_envs(args, args.num_envs, training=True)) as envs, caught_signals() as caught:
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+        optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+        rollout = make_rollout(args, envs, device)
+        first_iteration, best_return, recent = 0, -math.inf, deque(maxlen=100)
+        run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+        folder = args.log_dir / run_name.replace("/", "_")
+        if checkpoint is not None:
+            folder = args.resume if args.resume.is_dir() else args.resume.parent
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count = checkpoint["return_rms"]
+            first_iteration, best_return = checkpoint["iteration"], checkpoint["best_return"]
+            recent.extend(checkpoint["recent"])
+            torch.set_rng_state(checkpoint["rng"])
+
+        def save(name: str, iteration: int) -> None:
+            rms = envs.return_rms
+            state = {
+                "script": Path(__file__).stem,
+                "args": {name: value for name, value in asdict(args).items() if name not in CALL},
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "return_rms": (float(rms.mean), float(rms.var), float(rms.count)),
+                "iteration": iteration,
+                "global_step": iteration * args.batch_size,
+                "best_return": best_return,
+                "recent": list(recent),
+                "rng": torch.get_rng_state(),
+            }
+            save_checkpoint(folder / name, state)
+
+        folder.mkdir(parents=True, exist_ok=checkpoint is not None)
+        global_step = first_step = first_iteration * args.batch_size
+        total_steps = args.num_iterations * args.batch_size
+        writer = open_writer(args, folder, global_step)
+        bar = tqdm(total=total_steps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
+        # Episodes in flight are not a part of a checkpoint: a resumed run starts new ones, with seeds of its own.
+        obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs)
+        start = last_line = time.perf_counter()
+        for iteration in range(first_iteration, args.num_iterations):
+            progress = iteration / args.num_iterations
+            learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
+            optimizer.param_groups[0]["lr"] = learning_rate
+            clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
+
+            began = time.perf_counter()
+            torch.set_num_threads(1)  # torch's idle threads spin, which starves the environments' workers
+            obs, episodes = collect(agent, envs, rollout, obs)
+            collected = time.perf_counter()
+            torch.set_num_threads(args.num_threads)
+            stats = update(agent, optimizer, rollout, args, clip_coef)
+            agent.observe(rollout["obs"])
+            now = time.perf_counter()
+
+            global_step += args.batch_size
+            recent.extend(episode_return for episode_return, _ in episodes)
+            scalars = {f"losses/{name}": value for name, value in stats.items()}
+            scalars |= {"charts/learning_rate": learning_rate, "charts/clip_coef": clip_coef}
+            scalars["charts/SPS"] = sps = (global_step - first_step) / (now - start)
+            scalars["time/collect_fraction"] = (collected - began) / (now - began)
+            if episodes:
+                scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
+            for tag, value in scalars.items():
+                writer.add_scalar(tag, value, global_step)
+
+            mean_return = np.mean(recent) if recent else math.nan
+            bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
+            bar.update(args.batch_size)
+            if bar.disable and now - last_line > 10:
+                last_line, left = now, int((total_steps - global_step) / sps)
+                print(
+                    f"step {global_step} of {total_steps}  return {mean_return:.1f}  {sps:.0f} steps/s  {left} s left",
+                    flush=True,
+                )
+
+            done = iteration + 1
+            if caught or done % args.checkpoint_interval == 0 or done == args.num_iterations:
+                if len(recent) == recent.maxlen and mean_return > best_return:
+                    best_return = mean_return
+                    save("best.pt", done)
+                save("latest.pt", done)
+            if caught:
+                break
+        bar.close()
+    if caught:
+        print(f"stopped; go on with: python {Path(__file__).name} --resume {folder}", file=sys.stderr)
+        raise SystemExit(128 + caught[0])
+    returns = evaluate(args, agent.state_dict(), folder)
+    writer.add_scalar("eval/return_mean", returns.mean(), global_step)
+    writer.close()
+    print(f"checkpoint: {folder / 'latest.pt'}")
+    print(f"watch it:   python {Path(__file__).name} --evaluate {folder} --render")
+    return folder
+
+
+@torch.inference_mode()
+def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path) -> np.ndarray:
+    """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
+
+    Returns the returns ``[eval_episodes]`` in the environment's own reward. Videos go to ``folder``/videos. Raises
+    InputError where ``weights`` don't fit the environment.
+    """
+    num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
+    torch.set_num_threads(1)
+    device = pick_device(args)
+    video_folder = folder / "videos" if args.capture_video else None
+    with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
+        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+        agent.load_state_dict(weights)
+        returns, totals = np.zeros(args.eval_episodes), np.zeros(num_envs)
+        episodes = np.arange(num_envs)  # the one that each environment plays; those past the last don't count
+        obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist())
+        while (episodes < args.eval_episodes).any():
+            action = agent.act(torch.from_numpy(obs).to(device))
+            obs, rewards, terminated, truncated, _ = envs.step(agent.env_action(action))
+            totals += rewards
+            done = terminated | truncated
+            if done.any():
+                counted = done & (episodes < args.eval_episodes)
+                returns[episodes[counted]] = totals[counted]
+                totals[done] = 0
+                episodes[done] = episodes.max() + 1 + np.arange(done.sum())
+                obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist(), options={"reset_mask": done})
+    print(
+        f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} median {np.median(returns):.1f} "
+        f"min {returns.min():.1f} max {returns.max():.1f} episodes {len(returns)} first-seed {args.eval_seed}",
+        flush=True,
+    )
+    return returns
+
+
+def main() -> None:
+    """Reads the flags, then trains or evaluates; input that is refused ends in one line and exit status 2."""
+    args = tyro.cli(Args, description=__doc__)
+    try:
+        check_args(args)
+        if args.evaluate is None:
+            train(args)
+        else:
+            checkpoint = load_checkpoint(args.evaluate)
+            args = adopt_args(args, checkpoint, free=("num_envs", "async_envs"))
+            evaluate(args, checkpoint["agent"], args.evaluate if args.evaluate.is_dir() else args.evaluate.parent)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()
