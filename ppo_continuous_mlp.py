@@ -14,7 +14,7 @@
 
     python ppo_continuous_mlp.py                               # train, then evaluate on unseen seeds
     tensorboard --logdir runs                                  # watch it learn
-    python ppo_continuous_mlp.py --evaluate runs/NAME --render # watch what it learned
+    python ppo_continuous_mlp.py --evaluate runs/NAME --render  # watch what it learned
 
 Sources: Schulman et al. 2017, "Proximal Policy Optimization Algorithms" (PPO); Schulman et al. 2015,
 "High-Dimensional Continuous Control Using Generalized Advantage Estimation" (GAE); Huang et al. 2022, "The 37
@@ -166,7 +166,7 @@ def check_args(args: Args) -> None:
 
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
-    """Builds one environment. Raises gymnasium.error.Error where ``args.env_id`` can't be made."""
+    """Builds one environment; training and evaluation get the same. Raises gymnasium.error.Error if there is none."""
     if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is for the process that trains
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
@@ -195,6 +195,7 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
         envs = NormalizeReward(RecordEpisodeStatistics(envs), gamma=args.gamma)
+        envs.return_rms.count = 100.0  # a prior: the first returns alone hardly vary and would blow rewards up
         envs.update_running_mean = args.norm_reward  # its variance starts at 1: frozen, it changes nothing
     return envs
 
@@ -547,49 +548,33 @@ def train(args: Args) -> Path:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         rollout = make_rollout(args, envs, device)
-        first_iteration, best_return, recent = 0, -math.inf, deque(maxlen=100)
-        run_name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-        folder = args.log_dir / run_name.replace("/", "_")
-        if checkpoint is not None:
+        first_iteration, best_return, recent_returns = 0, -math.inf, deque(maxlen=100)
+        if checkpoint is None:
+            name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+            folder = args.log_dir / name.replace("/", "_")
+            folder.mkdir(parents=True)
+        else:
             folder = args.resume if args.resume.is_dir() else args.resume.parent
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
-            envs.return_rms.mean, envs.return_rms.var, envs.return_rms.count = checkpoint["return_rms"]
+            vars(envs.return_rms).update(checkpoint["return_rms"])
             first_iteration, best_return = checkpoint["iteration"], checkpoint["best_return"]
-            recent.extend(checkpoint["recent"])
-            torch.set_rng_state(checkpoint["rng"])
-
-        def save(name: str, iteration: int) -> None:
-            rms = envs.return_rms
-            state = {
-                "script": Path(__file__).stem,
-                "args": {name: value for name, value in asdict(args).items() if name not in CALL},
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "return_rms": (float(rms.mean), float(rms.var), float(rms.count)),
-                "iteration": iteration,
-                "global_step": iteration * args.batch_size,
-                "best_return": best_return,
-                "recent": list(recent),
-                "rng": torch.get_rng_state(),
-            }
-            save_checkpoint(folder / name, state)
-
-        folder.mkdir(parents=True, exist_ok=checkpoint is not None)
+            recent_returns.extend(checkpoint["recent_returns"])
+            torch.set_rng_state(checkpoint["rng_state"])
         global_step = first_step = first_iteration * args.batch_size
-        total_steps = args.num_iterations * args.batch_size
         writer = open_writer(args, folder, global_step)
-        bar = tqdm(total=total_steps, initial=global_step, unit=" steps", disable=not sys.stderr.isatty())
-        # Episodes in flight are not a part of a checkpoint: a resumed run starts new ones, with seeds of its own.
+        total_steps = args.num_iterations * args.batch_size
+        bar = tqdm(total=total_steps, initial=global_step, unit=" steps", disable=None)  # None: only on a terminal
+        # Episodes in flight are no part of a checkpoint: a resumed run starts new ones, from seeds of their own.
         obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs)
         start = last_line = time.perf_counter()
-        for iteration in range(first_iteration, args.num_iterations):
-            progress = iteration / args.num_iterations
+        for iteration in range(first_iteration + 1, args.num_iterations + 1):
+            progress = (iteration - 1) / args.num_iterations
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
             optimizer.param_groups[0]["lr"] = learning_rate
             clip_coef = anneal(args.clip_coef, progress, args.anneal_clip)
 
-            began = time.perf_counter()
+            iteration_start = time.perf_counter()
             torch.set_num_threads(1)  # torch's idle threads spin, which starves the environments' workers
             obs, episodes = collect(agent, envs, rollout, obs)
             collected = time.perf_counter()
@@ -599,37 +584,45 @@ def train(args: Args) -> Path:
             now = time.perf_counter()
 
             global_step += args.batch_size
-            recent.extend(episode_return for episode_return, _ in episodes)
             scalars = {f"losses/{name}": value for name, value in stats.items()}
-            scalars |= {"charts/learning_rate": learning_rate, "charts/clip_coef": clip_coef}
-            scalars["charts/SPS"] = sps = (global_step - first_step) / (now - start)
-            scalars["time/collect_fraction"] = (collected - began) / (now - began)
+            scalars["charts/learning_rate"] = learning_rate
+            scalars["charts/clip_coef"] = clip_coef
+            scalars["charts/SPS"] = (global_step - first_step) / (now - start)
+            scalars["time/collect_fraction"] = (collected - iteration_start) / (now - iteration_start)
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
             for tag, value in scalars.items():
                 writer.add_scalar(tag, value, global_step)
-
-            mean_return = np.mean(recent) if recent else math.nan
+            recent_returns.extend(episode_return for episode_return, _ in episodes)
+            mean_return = float(np.mean(recent_returns)) if recent_returns else math.nan
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(args.batch_size)
-            if bar.disable and now - last_line > 10:
-                last_line, left = now, int((total_steps - global_step) / sps)
-                print(
-                    f"step {global_step} of {total_steps}  return {mean_return:.1f}  {sps:.0f} steps/s  {left} s left",
-                    flush=True,
-                )
+            if bar.disable and now - last_line > 10:  # a log file gets a plain line now and then
+                last_line, speed = now, scalars["charts/SPS"]
+                print(f"step {global_step}/{total_steps} return {mean_return:.1f} SPS {speed:.0f}", flush=True)
 
-            done = iteration + 1
-            if caught or done % args.checkpoint_interval == 0 or done == args.num_iterations:
-                if len(recent) == recent.maxlen and mean_return > best_return:
-                    best_return = mean_return
-                    save("best.pt", done)
-                save("latest.pt", done)
+            if caught or iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations:
+                best = len(recent_returns) == recent_returns.maxlen and mean_return > best_return
+                best_return = mean_return if best else best_return
+                checkpoint = {
+                    "script": Path(__file__).stem,
+                    "args": {name: value for name, value in asdict(args).items() if name not in CALL},
+                    "agent": agent.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "return_rms": {name: float(value) for name, value in vars(envs.return_rms).items()},
+                    "rng_state": torch.get_rng_state(),
+                    "iteration": iteration,
+                    "global_step": global_step,
+                    "recent_returns": list(recent_returns),
+                    "best_return": best_return,
+                }
+                for name in ("best.pt", "latest.pt") if best else ("latest.pt",):
+                    save_checkpoint(folder / name, checkpoint)
             if caught:
                 break
         bar.close()
     if caught:
-        print(f"stopped; go on with: python {Path(__file__).name} --resume {folder}", file=sys.stderr)
+        print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
     returns = evaluate(args, agent.state_dict(), folder)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
@@ -643,8 +636,7 @@ def train(args: Args) -> Path:
 def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path) -> np.ndarray:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
-    Returns the returns ``[eval_episodes]`` in the environment's own reward. Videos go to ``folder``/videos. Raises
-    InputError where ``weights`` don't fit the environment.
+    Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
     """
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
@@ -679,10 +671,10 @@ def main() -> None:
     """Reads the flags, then trains or evaluates; input that is refused ends in one line and exit status 2."""
     args = tyro.cli(Args, description=__doc__)
     try:
-        check_args(args)
         if args.evaluate is None:
             train(args)
         else:
+            check_args(args)
             checkpoint = load_checkpoint(args.evaluate)
             args = adopt_args(args, checkpoint, free=("num_envs", "async_envs"))
             evaluate(args, checkpoint["agent"], args.evaluate if args.evaluate.is_dir() else args.evaluate.parent)

@@ -1,0 +1,159 @@
+"""FastCarRacing is CarRacing-v3 in every pixel and reward, and the wrappers do what they say."""
+
+import copy
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from conftest import ppo_carracing, tiny_args
+
+STEER = np.float32([0.1, 0.5, 0.0])
+
+
+def fast_env(**kwargs):
+    spec = copy.deepcopy(gym.spec("CarRacing-v3"))
+    spec.entry_point = ppo_carracing.FastCarRacing
+    return gym.make(spec, **kwargs)
+
+
+def follow_the_road(env, speed):
+    """A driver that looks five tiles ahead."""
+    car, road = env.unwrapped.car, np.array(env.unwrapped.track)[:, 2:]
+    nearest = np.square(road - car.hull.position).sum(1).argmin()
+    dx, dy = road[(nearest + 5) % len(road)] - car.hull.position
+    error = (np.arctan2(-dx, dy) - car.hull.angle + np.pi) % (2 * np.pi) - np.pi
+    gas = 0.5 if np.hypot(*car.hull.linearVelocity) < speed else 0.0
+    return np.array([np.clip(-2 * error, -1, 1), gas, 0], np.float32)
+
+
+DRIVERS = {
+    "slow lap": lambda env, rng: follow_the_road(env, 40),
+    "fast lap, off the road in the bends": lambda env, rng: follow_the_road(env, 90),
+    "straight on, to the field's edge": lambda env, rng: np.float32([0, 1, 0]),
+    "spin": lambda env, rng: np.float32([1, 0.6, 0]),
+    "noise": lambda env, rng: rng.uniform([-1, 0, 0], [1, 1, 0.4]).astype(np.float32),
+}
+
+
+@pytest.fixture(scope="module")
+def both():
+    envs = gym.make("CarRacing-v3"), fast_env()
+    yield envs
+    for env in envs:
+        env.close()
+
+
+@pytest.mark.parametrize("driver", DRIVERS)
+def test_every_pixel_and_reward_equals_the_stock_env(both, driver):
+    stock, fast = both
+    colors, ends = set(), []
+    for seed in (3, 14):
+        rng = np.random.default_rng(seed)
+        frames = stock.reset(seed=seed)[0], fast.reset(seed=seed)[0]
+        assert np.array_equal(*frames)
+        for step in range(250):
+            action = DRIVERS[driver](stock, rng)
+            expected, got = stock.step(action), fast.step(action)
+            assert np.array_equal(expected[0], got[0]), f"seed {seed}, frame {step}"
+            assert expected[1:] == got[1:]
+            colors |= set(map(tuple, got[0][::8, ::8].reshape(-1, 3)))
+            if expected[2] or expected[3]:
+                ends.append(expected[1])
+                break
+    assert len(colors) > 5  # something was driven past
+    if driver.startswith("straight"):
+        assert ends == [-100, -100]
+
+
+@pytest.mark.parametrize("mode", ["rgb_array", "human"])
+def test_other_render_modes_equal_the_stock_env(monkeypatch, mode):
+    monkeypatch.setenv("SDL_VIDEODRIVER", "dummy")
+    stock, fast = gym.make("CarRacing-v3", render_mode=mode), fast_env(render_mode=mode)
+    assert np.array_equal(stock.reset(seed=5)[0], fast.reset(seed=5)[0])
+    for _ in range(20 if mode == "rgb_array" else 5):
+        assert np.array_equal(stock.step(STEER)[0], fast.step(STEER)[0])
+        if mode == "rgb_array":
+            assert np.array_equal(stock.render(), fast.render())
+    stock.close()
+    fast.close()
+
+
+def test_colors_may_be_random():
+    stock, fast = gym.make("CarRacing-v3", domain_randomize=True), fast_env(domain_randomize=True)
+    for seed in (1, 2):
+        assert np.array_equal(stock.reset(seed=seed)[0], fast.reset(seed=seed)[0])
+        for _ in range(20):
+            assert np.array_equal(stock.step(STEER)[0], fast.step(STEER)[0])
+
+
+def test_action_repeat_sums_rewards_and_shows_the_last_frame(both):
+    stock, fast = both
+    repeated = ppo_carracing.ActionRepeat(fast, 4, patience=None)
+    assert np.array_equal(stock.reset(seed=8)[0], repeated.reset(seed=8)[0])
+    for _ in range(40):
+        action = follow_the_road(stock, 60)
+        total = 0.0
+        for _ in range(4):
+            frame, reward, *_ = stock.step(action)
+            total += reward
+        got_frame, got_total, *_ = repeated.step(action)
+        assert np.array_equal(frame, got_frame) and got_total == total
+
+
+def test_an_episode_that_ends_within_a_repeat_shows_its_last_frame(both):
+    stock, fast = both
+    stock.reset(seed=3)
+    repeated = ppo_carracing.ActionRepeat(fast, 7, patience=None)
+    repeated.reset(seed=3)
+    action, terminated, total = np.float32([0, 1, 0]), False, 0.0
+    while not terminated:
+        frame, reward, terminated, _, _ = stock.step(action)
+        total += reward
+    done, got_total = False, 0.0
+    while not done:
+        got_frame, reward, done, _, _ = repeated.step(action)
+        got_total += reward
+    assert np.array_equal(frame, got_frame) and got_total == pytest.approx(total)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
+    """A car that stands still: 100 frames of patience in training, the full 1000 in evaluation; never a termination."""
+    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
+    env.reset(seed=1)
+    steps, total, truncated = 0, 0.0, False
+    while not truncated:
+        _, reward, terminated, truncated, _ = env.step(np.float32([0, 0, 1]))
+        steps, total = steps + 1, total + reward
+        assert not terminated
+    assert 25 <= steps <= 40 if training else steps == 250
+    if not training:
+        assert total < -80  # the environment's own reward, unscaled
+
+
+def test_observations_are_stacked_grey_uint8(tmp_path):
+    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True)
+    stock = gym.make("CarRacing-v3")
+    obs, _ = env.reset(seed=2)
+    frames = [stock.reset(seed=2)[0]]
+    assert obs.dtype == np.uint8 and obs.shape == (4, 48, 48) and env.observation_space.contains(obs)
+    for _ in range(3):
+        obs = env.step(STEER)[0]
+        for _ in range(4):
+            frame = stock.step(STEER)[0]
+        frames.append(frame)
+    greens = np.stack(frames)[..., 1].astype(float).reshape(4, 48, 2, 48, 2).mean((2, 4))
+    assert np.array_equal(obs, np.floor(greens))
+
+
+def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path):
+    args = tiny_args(ppo_carracing, tmp_path, patience=8, async_envs=False)
+    envs = ppo_carracing.make_envs(args, 1, training=True)
+    envs.reset(seed=1)
+    rewards, truncated = 0.0, [False]
+    while not truncated[0]:
+        _, reward, _, truncated, infos = envs.step(np.float32([[0, 0, 1]]))
+        rewards += reward[0]
+    assert infos["episode"]["r"][0] != pytest.approx(rewards)
+    assert infos["episode"]["l"][0] * -0.4 <= infos["episode"]["r"][0] < 20
+    envs.close()

@@ -1,0 +1,164 @@
+"""The three policies against torch.distributions, and what they promise about observations and actions."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import SCRIPTS
+
+BOX = gym.spaces.Box(-1, 1, (5,), np.float32)
+SPACES = {
+    "ppo_cartpole": (BOX, gym.spaces.Discrete(3)),
+    "ppo_carracing": (
+        gym.spaces.Box(0, 255, (4, 48, 48), np.uint8),
+        gym.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1])),
+    ),
+    "ppo_continuous_mlp": (BOX, gym.spaces.Box(-0.5, 0.5, (2,), np.float32)),
+}
+
+
+def make_agent(name, seed=0, **changes):
+    torch.manual_seed(seed)
+    agent = SCRIPTS[name].Agent(*SPACES[name], SCRIPTS[name].Args(**changes))
+    for parameter in agent.parameters():  # the heads start near zero: move them to where a policy has a shape
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return agent
+
+
+def some_obs(name, batch=64):
+    space = SPACES[name][0]
+    space.seed(0)
+    return torch.from_numpy(np.stack([space.sample() for _ in range(batch)]))
+
+
+def distribution(name, agent, obs):
+    """The policy as torch.distributions has it."""
+    if name == "ppo_cartpole":
+        return torch.distributions.Categorical(logits=agent.actor(agent.actor_trunk(agent.obs_norm(obs))))
+    if name == "ppo_carracing":
+        policy = torch.distributions.Beta(*agent.concentrations(agent.features(obs)))
+    else:
+        policy = torch.distributions.Normal(agent.actor_mean(agent.obs_norm(obs)), agent.actor_logstd.exp())
+    return torch.distributions.Independent(policy, 1)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_logprob_and_entropy(name):
+    agent, obs = make_agent(name), some_obs(name)
+    action, logprob, entropy, value = agent.get_action_and_value(obs)
+    policy = distribution(name, agent, obs)
+    torch.testing.assert_close(logprob, policy.log_prob(action), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(entropy, policy.entropy(), rtol=1e-4, atol=1e-5)
+    assert logprob.shape == entropy.shape == value.shape == (64,)
+    torch.testing.assert_close(value, agent.get_value(obs))
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_given_action_gives_the_same_logprob(name):
+    agent, obs = make_agent(name), some_obs(name)
+    action, logprob, _, _ = agent.get_action_and_value(obs)
+    same, again, _, _ = agent.get_action_and_value(obs, action)
+    assert torch.equal(same, action) and torch.equal(again, logprob)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_samples_follow_the_distribution(name):
+    """Mean and variance of many samples at one observation, within 5 standard errors."""
+    agent, n = make_agent(name), 4000
+    obs = some_obs(name, 1).expand(n, *SPACES[name][0].shape)
+    with torch.no_grad():
+        action = agent.get_action_and_value(obs)[0].float()
+        policy = distribution(name, agent, obs[:1])
+    if name == "ppo_cartpole":
+        frequency = torch.stack([(action == k).float().mean() for k in range(3)])
+        torch.testing.assert_close(frequency, policy.probs[0], rtol=0, atol=5 * 0.5 / n**0.5)
+    else:
+        mean, std = policy.mean[0], policy.variance[0].sqrt()
+        assert ((action.mean(0) - mean).abs() < 5 * std / n**0.5).all()
+        torch.testing.assert_close(action.std(0), std, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_evaluation_plays_without_noise_and_within_the_space(name):
+    agent, obs = make_agent(name), some_obs(name)
+    action = agent.act(obs)
+    assert torch.equal(action, agent.act(obs))
+    policy = distribution(name, agent, obs)
+    expected = policy.probs.argmax(-1) if name == "ppo_cartpole" else policy.mean
+    torch.testing.assert_close(action, expected)
+    for sampled in (action, agent.get_action_and_value(obs)[0]):
+        assert all(SPACES[name][1].contains(a) for a in agent.env_action(sampled.detach()))
+
+
+def test_normal_clips_for_the_environment_only():
+    agent, obs = make_agent("ppo_continuous_mlp"), some_obs("ppo_continuous_mlp")
+    action, logprob, _, _ = agent.get_action_and_value(obs)
+    outside = (action.abs() > 0.5).any(-1)
+    assert outside.any()
+    expected = distribution("ppo_continuous_mlp", agent, obs).log_prob(action)
+    torch.testing.assert_close(logprob[outside], expected[outside], rtol=1e-4, atol=1e-5)
+
+
+def test_beta_survives_the_edge_of_its_interval():
+    agent, obs = make_agent("ppo_carracing"), some_obs("ppo_carracing")
+    agent.actor.bias.data += 60  # so peaked that float32 rounds samples to the ends
+    agent.actor.bias.data[3:] -= 60
+    action, logprob, _, _ = agent.get_action_and_value(obs)
+    assert (action > 0).all() and (action < 1).all() and logprob.isfinite().all()
+
+
+def test_discrete_actions_may_start_anywhere():
+    script = SCRIPTS["ppo_cartpole"]
+    agent = script.Agent(BOX, gym.spaces.Discrete(3, start=-1), script.Args())
+    actions = agent.env_action(torch.tensor([0, 1, 2]))
+    assert actions.tolist() == [-1, 0, 1]
+
+
+def test_share_backbone():
+    shared, separate = make_agent("ppo_cartpole", share_backbone=True), make_agent("ppo_cartpole")
+    assert shared.actor_trunk is shared.critic_trunk and separate.actor_trunk is not separate.critic_trunk
+    size = {agent: sum(p.numel() for p in agent.parameters()) for agent in (shared, separate)}
+    assert size[separate] - size[shared] == sum(p.numel() for p in shared.actor_trunk.parameters())
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_initialisation(name):
+    """Orthogonal layers of gain sqrt(2), an almost uniform policy, no bias (Huang et al. 2022, detail 2)."""
+    torch.manual_seed(0)
+    agent = SCRIPTS[name].Agent(*SPACES[name], SCRIPTS[name].Args())
+    layers = [m for m in agent.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
+    for layer in layers:
+        weight = layer.weight.flatten(1)
+        weight = weight if len(weight) <= weight.shape[1] else weight.T
+        gram = weight @ weight.T
+        gain = gram.diagonal().mean()
+        torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=0, atol=1e-5)
+        assert any(gain.item() == pytest.approx(g) for g in (2.0, 1.0, 1e-4))
+        assert not layer.bias.any()
+    assert sum(p.numel() for p in agent.parameters() if p.requires_grad) > 0
+
+
+def test_wrong_spaces_are_refused():
+    for name, right_script in [("ppo_cartpole", "ppo_continuous_mlp"), ("ppo_continuous_mlp", "ppo_cartpole")]:
+        script = SCRIPTS[name]
+        with pytest.raises(script.InputError, match=right_script):
+            script.Agent(*SPACES[right_script], script.Args())
+        with pytest.raises(script.InputError, match="ppo_carracing"):
+            script.Agent(SPACES["ppo_carracing"][0], SPACES[name][1], script.Args())
+
+
+def test_running_norm_is_the_mean_and_variance_of_all_it_saw(mlp_script):
+    torch.manual_seed(0)
+    norm = mlp_script.RunningNorm((3,))
+    chunks = [5 + 3 * torch.randn(steps, 4, 3) for steps in (1, 7, 50)]
+    for chunk in chunks:
+        norm.update(chunk)
+    seen = torch.cat([chunk.reshape(-1, 3) for chunk in chunks])
+    torch.testing.assert_close(norm.mean, seen.mean(0))
+    torch.testing.assert_close(norm.var, seen.var(0, correction=0))
+    assert norm.count == len(seen)
+    normed = norm(seen)
+    torch.testing.assert_close(normed.mean(0), torch.zeros(3), rtol=0, atol=1e-5)
+    torch.testing.assert_close(normed.std(0, correction=0), torch.ones(3))
+    assert norm(torch.full((1, 3), 1e9)).max() == 10
+    assert {"mean", "var", "count"} <= norm.state_dict().keys()
