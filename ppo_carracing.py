@@ -32,7 +32,7 @@ import time
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # else importing pygame prints a banner
@@ -193,10 +193,8 @@ class FastCarRacing(CarRacing):
             return super()._render(mode)
         if not self.draw:
             return self.state
-        if self.canvas is None:  # made once; the stock environment opens the font's file for every frame
-            pygame.font.init()
+        if self.canvas is None:
             self.canvas, self.panel = (pygame.Surface((self.WIDTH, self.HEIGHT)) for _ in range(2))
-            self.font = pygame.font.Font(pygame.font.get_default_font(), 42)
         angle, position = -self.car.hull.angle, self.car.hull.position
         zoom = 0.1 * car_racing.SCALE * max(1 - self.t, 0) + car_racing.ZOOM * car_racing.SCALE * min(self.t, 1)
         shift = pygame.math.Vector2(-position[0] * zoom, -position[1] * zoom).rotate_rad(angle)
@@ -206,7 +204,7 @@ class FastCarRacing(CarRacing):
         self.car.draw(self.surf, zoom, shift, angle, False)
         self.surf = self.panel
         self._render_indicators(self.WIDTH, self.HEIGHT)
-        text = self.font.render(f"{self.reward:04.0f}", True, (255, 255, 255), (0, 0, 0))
+        text = self._render_text(f"{self.reward:04.0f}")
         self.surf.blit(text, text.get_rect(center=(60, self.HEIGHT - self.HEIGHT * 2.5 / 40)))
         # smoothscale shrinks the width first, then the height. Between the two, a flip costs a tenth; and what the
         # black panel will cover, the canvas' first rows, need be neither drawn nor scaled.
@@ -217,6 +215,12 @@ class FastCarRacing(CarRacing):
         frame.blit(pygame.transform.flip(view, False, True), (0, 0))
         frame.blit(pygame.transform.smoothscale(panel, (96, self.BAR)), (0, size[1]))
         return self._create_image_array(frame, (96, 96))
+
+    @staticmethod
+    @cache  # the stock environment opens the font's file for every frame
+    def _render_text(text: str) -> pygame.Surface:
+        pygame.font.init()
+        return pygame.font.Font(pygame.font.get_default_font(), 42).render(text, True, (255, 255, 255), (0, 0, 0))
 
     def _render_road(self, zoom, translation, angle):
         if self.road_drawn is not self.road_poly:  # a new track; its colors are shared: a tile's changes when visited
@@ -290,7 +294,8 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
     spec = replace(gym.spec(args.env_id), entry_point=FastCarRacing)
-    env = gym.make(spec, render_mode="rgb_array" if video_folder else "human" if args.render else None)
+    render_mode = "rgb_array" if video_folder is not None else "human" if args.render else None
+    env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)  # it dislikes frames shown twice
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
     env = ActionRepeat(env, args.action_repeat, args.patience if training else None)
@@ -722,7 +727,7 @@ def train(args: Args) -> Path:
     if caught:
         print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
-    returns = evaluate(args, agent.state_dict(), folder)
+    returns = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
     writer.close()
     print(f"checkpoint: {folder / 'latest.pt'}")
@@ -731,14 +736,13 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path) -> np.ndarray:
+def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path, device: torch.device) -> np.ndarray:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
     Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
     """
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
-    device = pick_device(args)
     video_folder = folder / "videos" if args.capture_video else None
     with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -775,7 +779,8 @@ def main() -> None:
             check_args(args)
             checkpoint = load_checkpoint(args.evaluate)
             args = adopt_args(args, checkpoint, free=("num_envs", "async_envs"))
-            evaluate(args, checkpoint["agent"], args.evaluate if args.evaluate.is_dir() else args.evaluate.parent)
+            folder = args.evaluate if args.evaluate.is_dir() else args.evaluate.parent
+            evaluate(args, checkpoint["agent"], folder, pick_device(args))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

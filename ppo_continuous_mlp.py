@@ -624,7 +624,7 @@ def train(args: Args) -> Path:
     if caught:
         print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
-    returns = evaluate(args, agent.state_dict(), folder)
+    returns = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
     writer.close()
     print(f"checkpoint: {folder / 'latest.pt'}")
@@ -633,14 +633,13 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path) -> np.ndarray:
+def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path, device: torch.device) -> np.ndarray:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
     Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
     """
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
-    device = pick_device(args)
     video_folder = folder / "videos" if args.capture_video else None
     with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
@@ -677,7 +676,8 @@ def main() -> None:
             check_args(args)
             checkpoint = load_checkpoint(args.evaluate)
             args = adopt_args(args, checkpoint, free=("num_envs", "async_envs"))
-            evaluate(args, checkpoint["agent"], args.evaluate if args.evaluate.is_dir() else args.evaluate.parent)
+            folder = args.evaluate if args.evaluate.is_dir() else args.evaluate.parent
+            evaluate(args, checkpoint["agent"], folder, pick_device(args))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

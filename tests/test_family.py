@@ -99,3 +99,9 @@ def test_every_flag_and_public_function_is_documented(name):
             for field, doc in itertools.pairwise(node.body):
                 if isinstance(field, ast.AnnAssign):
                     assert isinstance(doc, ast.Expr), field.target.id
+
+
+@pytest.mark.parametrize("command", [["check"], ["format", "--check"]])
+def test_ruff_is_clean(command):
+    done = subprocess.run([sys.executable, "-m", "ruff", *command, str(ROOT)], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr

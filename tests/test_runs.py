@@ -76,7 +76,7 @@ def test_each_episode_has_its_own_seed(script, run):
     for first_seed in (1_000_000, 1_000_001):
         flags = script.Args(eval_seed=first_seed, eval_episodes=3, num_envs=2, async_envs=False, cuda=False)
         args = script.adopt_args(flags, checkpoint, free=("num_envs", "async_envs"))
-        returns.append(script.evaluate(args, checkpoint["agent"], folder))
+        returns.append(script.evaluate(args, checkpoint["agent"], folder, torch.device("cpu")))
     assert np.allclose(returns[0][1:], returns[1][:2])
 
 
