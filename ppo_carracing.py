@@ -90,7 +90,7 @@ class Args:
     """training episodes are cut off after this many frames without a new tile (evaluation never is)"""
 
     # PPO
-    total_timesteps: int = 800_000
+    total_timesteps: int = 500_000
     """environment steps in all"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
@@ -106,7 +106,7 @@ class Args:
     """lambda of the advantage estimator: 0 trusts the critic, 1 the sampled return"""
     num_minibatches: int = 4
     """minibatches per epoch"""
-    update_epochs: int = 4
+    update_epochs: int = 8
     """passes over each rollout"""
     norm_adv: bool = True
     """normalise advantages within each minibatch"""
