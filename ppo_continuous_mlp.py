@@ -144,10 +144,8 @@ def check_args(args: Args) -> None:
         if not holds:
             raise InputError(f"--{name.replace('_', '-')} must be {condition}, not {getattr(args, name)}")
 
-    for name in ("num_envs", "num_steps", "num_minibatches", "update_epochs"):
-        require(getattr(args, name) >= 1, name, "at least 1")
-    for name in ("num_threads", "eval_episodes", "checkpoint_interval"):
-        require(getattr(args, name) >= 1, name, "at least 1")
+    for name, value in asdict(args).items():
+        require(type(value) is not int or value >= 1 or name in ("seed", "eval_seed"), name, "at least 1")
     for name in ("seed", "eval_seed", "ent_coef", "vf_coef"):
         require(0 <= getattr(args, name) < math.inf, name, "0 or more")
     for name in ("learning_rate", "clip_coef", "max_grad_norm"):

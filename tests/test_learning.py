@@ -27,10 +27,10 @@ def test_cartpole(tmp_path):
 
 
 def test_lunar_lander_continuous(tmp_path):
-    sizes = {"total_timesteps": 100_000, "num_envs": 8, "num_steps": 256, "num_minibatches": 32}
+    sizes = {"total_timesteps": 65_536, "num_envs": 8, "num_steps": 256, "num_minibatches": 32}
     before = untrained_return(ppo_continuous_mlp, tmp_path, 20)
     after = trained_return(ppo_continuous_mlp, tmp_path, **sizes, eval_episodes=20)
-    assert before < 0 and after > before + 150
+    assert before < 0 and after > before + 120
 
 
 def test_car_racing(tmp_path):

@@ -7,7 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, tiny_args
+from conftest import ROOT, ppo_carracing, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EVALUATION = re.compile(
@@ -188,6 +188,13 @@ def test_bad_input_ends_in_one_line_and_status_2(script, tmp_path, monkeypatch, 
     lines = capsys.readouterr().err.strip().splitlines()
     assert exit.value.code == 2
     assert len(lines) == 1 and lines[0].startswith("error: ") and words in lines[0]
+    assert not list(tmp_path.iterdir())
+
+
+def test_car_racing_has_flags_of_its_own_to_refuse(tmp_path):
+    for changes, words in [({"env_id": "CartPole-v1"}, "no CarRacing"), ({"action_repeat": 0}, "at least 1")]:
+        with pytest.raises(ppo_carracing.InputError, match=words):
+            ppo_carracing.train(tiny_args(ppo_carracing, tmp_path, **changes))
     assert not list(tmp_path.iterdir())
 
 
