@@ -612,8 +612,9 @@ def open_writer(args: Args, folder: Path, global_step: int):
         writer.file_writer.add_summary(summary)
     pages = {
         "return": ["charts/episodic_return", "eval/return_mean"],
-        "policy": ["losses/entropy", "losses/approx_kl", "losses/clipfrac"],
-        "critic": ["losses/explained_variance", "losses/value_loss"],
+        "explained variance": ["losses/explained_variance"],
+        "policy": ["losses/approx_kl", "losses/clipfrac"],
+        "entropy": ["losses/entropy"],
         "speed": ["charts/SPS"],
     }
     writer.add_custom_scalars({"PPO": {name: ["Multiline", tags] for name, tags in pages.items()}})

@@ -1,8 +1,11 @@
 """Whole runs of a second or two: checkpoints, evaluation, resuming, TensorBoard, flags, randomness."""
 
+import os
 import re
+import signal
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -126,6 +129,23 @@ def test_resume_finishes_the_schedule(script, tmp_path):
     assert not (tmp_path / "elsewhere").exists()
     events = EventAccumulator(str(whole)).Reload()
     assert [event.step for event in events.Scalars("charts/SPS")] == [16, 32, 48, 64]
+
+
+@pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_a_checkpoint(script, tmp_path, signum, status):
+    """Ctrl-C reaches the workers of the environments too; SIGTERM comes for the process that trains."""
+    flags = [*SMALL, "--total-timesteps", "1000000", "--checkpoint-interval", "1", "--async-envs"]
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    while not list(tmp_path.glob("runs/*/latest.pt")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    (os.killpg if signum == signal.SIGINT else os.kill)(process.pid, signum)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == status and "Traceback" not in errors and "--resume runs/" in errors
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert script.load_checkpoint(folder)["iteration"] >= 1
 
 
 def test_checkpoint_round_trip(script, tmp_path):
