@@ -40,7 +40,7 @@ import torch
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
 from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
-from torch import nn
+from torch import Tensor, nn
 from tqdm import tqdm
 
 
@@ -213,11 +213,11 @@ class RunningNorm(nn.Module):
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.zeros(()))
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return ((x.float() - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
 
     @torch.no_grad()
-    def update(self, x: torch.Tensor) -> None:
+    def update(self, x: Tensor) -> None:
         """Merges the statistics of ``x [..., *shape]`` into the running ones (Chan et al. 1979)."""
         x = x.reshape(-1, *self.mean.shape).float()
         total, delta = self.count + len(x), x.mean(0) - self.mean
@@ -255,11 +255,11 @@ class Agent(nn.Module):
         self.critic = layer_init(nn.Linear(64, 1), std=1.0)
         self.first_action = int(action_space.start)
 
-    def get_value(self, obs: torch.Tensor) -> torch.Tensor:
+    def get_value(self, obs: Tensor) -> Tensor:
         """V(obs) ``[batch]`` of ``obs [batch, *obs_shape]``."""
         return self.critic(self.critic_trunk(self.obs_norm(obs))).squeeze(-1)
 
-    def get_action_and_value(self, obs: torch.Tensor, action: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
         """Samples an action, or takes ``action`` as given. Returns (action, log-probability, entropy, value)."""
         obs = self.obs_norm(obs)
         hidden = self.actor_trunk(obs)
@@ -271,28 +271,28 @@ class Agent(nn.Module):
         logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
         return action, logprob, -(probs * logprobs).sum(-1), self.critic(value_hidden).squeeze(-1)
 
-    def act(self, obs: torch.Tensor) -> torch.Tensor:
+    def act(self, obs: Tensor) -> Tensor:
         """The action that evaluation plays: the most probable one."""
         return self.actor(self.actor_trunk(self.obs_norm(obs))).argmax(-1)
 
-    def env_action(self, action: torch.Tensor) -> np.ndarray:
+    def env_action(self, action: Tensor) -> np.ndarray:
         """What the environment takes for ``action``."""
         return action.cpu().numpy() + self.first_action
 
-    def observe(self, obs: torch.Tensor) -> None:
+    def observe(self, obs: Tensor) -> None:
         """Takes a rollout's observations into the statistics that normalise the next ones."""
         self.obs_norm.update(obs)
 
 
 def compute_gae(
-    rewards: torch.Tensor,
-    values: torch.Tensor,
-    next_values: torch.Tensor,
-    terminations: torch.Tensor,
-    dones: torch.Tensor,
+    rewards: Tensor,
+    values: Tensor,
+    next_values: Tensor,
+    terminations: Tensor,
+    dones: Tensor,
     gamma: float,
     gae_lambda: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """Generalized advantage estimation (Schulman et al. 2015, eq. 16), without a loop over time.
 
     All tensors are floating point ``[num_steps, num_envs]``. ``next_values[t]`` is the value of the observation that
@@ -318,18 +318,18 @@ def compute_gae(
 
 
 def ppo_loss(
-    new_logprob: torch.Tensor,
-    logprob: torch.Tensor,
-    advantages: torch.Tensor,
-    entropy: torch.Tensor,
-    new_value: torch.Tensor,
-    value: torch.Tensor,
-    returns: torch.Tensor,
+    new_logprob: Tensor,
+    logprob: Tensor,
+    advantages: Tensor,
+    entropy: Tensor,
+    new_value: Tensor,
+    value: Tensor,
+    returns: Tensor,
     clip_coef: float,
     vf_coef: float,
     ent_coef: float,
     clip_vloss: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> tuple[Tensor, Tensor]:
     """PPO's objective (Schulman et al. 2017, eq. 9), as a loss. All tensors are ``[batch]``.
 
     Returns the loss and, detached, what is logged: (policy_loss, value_loss, entropy, old_approx_kl, approx_kl,
@@ -358,12 +358,12 @@ def anneal(initial: float, progress: float, enabled: bool = True) -> float:
     return initial * (1 - progress) if enabled else initial
 
 
-def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> dict[str, torch.Tensor]:
+def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -> dict[str, Tensor]:
     """Allocates what collect() fills: tensors ``[num_steps, num_envs, ...]`` on ``device``, pixels as uint8."""
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     pixels, discrete = obs_space.dtype == np.uint8, np.issubdtype(action_space.dtype, np.integer)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(args.num_steps, args.num_envs, *shape, dtype=dtype, device=device)
 
     return {
@@ -375,7 +375,7 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
 
 @torch.inference_mode()
 def collect(
-    agent: nn.Module, envs: gym.vector.VectorEnv, rollout: dict[str, torch.Tensor], obs: np.ndarray
+    agent: nn.Module, envs: gym.vector.VectorEnv, rollout: dict[str, Tensor], obs: np.ndarray
 ) -> tuple[np.ndarray, list[tuple[float, int]]]:
     """Plays ``num_steps`` steps in every environment and fills ``rollout`` with them.
 
@@ -414,7 +414,7 @@ def collect(
 
 
 def update(
-    agent: nn.Module, optimizer: torch.optim.Optimizer, rollout: dict[str, torch.Tensor], args: Args, clip_coef: float
+    agent: nn.Module, optimizer: torch.optim.Optimizer, rollout: dict[str, Tensor], args: Args, clip_coef: float
 ) -> dict[str, float]:
     """Improves the agent on one rollout: epochs of shuffled minibatches. Returns what is logged, as means."""
     names = ("rewards", "values", "next_values", "terminations", "dones")
@@ -632,7 +632,7 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(args: Args, weights: dict[str, torch.Tensor], folder: Path, device: torch.device) -> np.ndarray:
+def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device) -> np.ndarray:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
     Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
