@@ -329,11 +329,11 @@ def ppo_loss(
     vf_coef: float,
     ent_coef: float,
     clip_vloss: bool,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's objective (Schulman et al. 2017, eq. 9), as a loss. All tensors are ``[batch]``.
 
-    Returns the loss and, detached, what is logged: (policy_loss, value_loss, entropy, old_approx_kl, approx_kl,
-    clipfrac), each a mean over the batch. approx_kl is the estimator (r - 1) - log r of http://joschu.net/blog/kl-approx.html
+    Returns the loss and, detached, what is logged, by CleanRL's names. approx_kl is the estimator (r - 1) - log r of
+    http://joschu.net/blog/kl-approx.html: never negative, and less noisy than old_approx_kl's -log r.
     """
     logratio = new_logprob - logprob
     ratio = logratio.exp()
@@ -346,11 +346,15 @@ def ppo_loss(
     value_loss = 0.5 * value_loss.mean()
     entropy = entropy.mean()
     loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
-    with torch.no_grad():
-        approx_kl = ((ratio - 1) - logratio).mean()
-        clipfrac = ((ratio - 1).abs() > clip_coef).float().mean()
-        stats = torch.stack([policy_loss, value_loss, entropy, -logratio.mean(), approx_kl, clipfrac])
-    return loss, stats
+    stats = {
+        "policy_loss": policy_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "old_approx_kl": -logratio.mean(),
+        "approx_kl": ((ratio - 1) - logratio).mean(),
+        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+    }
+    return loss, {name: value.detach() for name, value in stats.items()}
 
 
 def anneal(initial: float, progress: float, enabled: bool = True) -> float:
@@ -363,13 +367,13 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
     obs_space, action_space = envs.single_observation_space, envs.single_action_space
     pixels, discrete = obs_space.dtype == np.uint8, np.issubdtype(action_space.dtype, np.integer)
 
-    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.zeros(args.num_steps, args.num_envs, *shape, dtype=dtype, device=device)
 
     return {
-        "obs": empty(*obs_space.shape, dtype=torch.uint8 if pixels else torch.float32),
-        "actions": empty(*action_space.shape, dtype=torch.int64 if discrete else torch.float32),
-        **{name: empty() for name in ("logprobs", "values", "next_values", "rewards", "terminations", "dones")},
+        "obs": zeros(*obs_space.shape, dtype=torch.uint8 if pixels else torch.float32),
+        "actions": zeros(*action_space.shape, dtype=torch.int64 if discrete else torch.float32),
+        **{name: zeros() for name in ("logprobs", "values", "next_values", "rewards", "terminations", "dones")},
     }
 
 
@@ -440,12 +444,12 @@ def update(
             loss.backward()
             grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
             optimizer.step()
-            stats.append(torch.cat([loss_stats, grad_norm.view(1)]))
-        if args.target_kl is not None and stats[-1][4] > args.target_kl:
+            stats.append(loss_stats | {"grad_norm": grad_norm})
+        if args.target_kl is not None and stats[-1]["approx_kl"] > args.target_kl:
             break
-    names = ("policy_loss", "value_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+    means = {name: torch.stack([minibatch[name] for minibatch in stats]).mean().item() for name in stats[0]}
     unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    return dict(zip(names, torch.stack(stats).mean(0).tolist())) | {"explained_variance": 1 - unexplained.item()}
+    return means | {"explained_variance": 1 - unexplained.item()}
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:

@@ -60,10 +60,10 @@ def test_gradcheck(clip_vloss):
 
 def test_terms_add_up():
     tensors = batch()
-    loss, (policy_loss, value_loss, entropy, *_) = loss_of(tensors, vf_coef=0.7, ent_coef=0.3)
-    torch.testing.assert_close(loss, policy_loss + 0.7 * value_loss - 0.3 * entropy)
-    torch.testing.assert_close(value_loss, 0.5 * ((tensors["new_value"] - tensors["returns"]) ** 2).mean())
-    torch.testing.assert_close(entropy, tensors["entropy"].mean())
+    loss, stats = loss_of(tensors, vf_coef=0.7, ent_coef=0.3)
+    torch.testing.assert_close(loss, stats["policy_loss"] + 0.7 * stats["value_loss"] - 0.3 * stats["entropy"])
+    torch.testing.assert_close(stats["value_loss"], 0.5 * ((tensors["new_value"] - tensors["returns"]) ** 2).mean())
+    torch.testing.assert_close(stats["entropy"], tensors["entropy"].mean())
 
 
 def test_statistics_against_numbers():
@@ -71,10 +71,9 @@ def test_statistics_against_numbers():
     ratio = torch.tensor([1.0, 1.1, 1.5, 0.5], dtype=torch.float64)
     tensors = {name: torch.zeros(4, dtype=torch.float64) for name in batch()} | {"new_logprob": ratio.log()}
     stats = loss_of(tensors)[1]
-    old_approx_kl, approx_kl, clipfrac = stats[3:].tolist()
-    assert old_approx_kl == pytest.approx(-ratio.log().mean().item())
-    assert approx_kl == pytest.approx(((ratio - 1) - ratio.log()).mean().item())
-    assert clipfrac == 0.5
+    assert stats["old_approx_kl"].item() == pytest.approx(-ratio.log().mean().item())
+    assert stats["approx_kl"].item() == pytest.approx(((ratio - 1) - ratio.log()).mean().item())
+    assert stats["clipfrac"] == 0.5
 
 
 def test_approx_kl_estimates_the_kl():
@@ -86,14 +85,14 @@ def test_approx_kl_estimates_the_kl():
     tensors = {name: torch.zeros(200_000, dtype=torch.float64) for name in batch()}
     tensors |= {"new_logprob": new.log_prob(sample), "logprob": old.log_prob(sample)}
     kl = torch.distributions.kl_divergence(old, new).item()
-    assert loss_of(tensors)[1][4].item() == pytest.approx(kl, rel=0.02)
+    assert loss_of(tensors)[1]["approx_kl"].item() == pytest.approx(kl, rel=0.02)
 
 
 def test_value_clipping_is_pessimistic_and_stops_large_moves():
     zeros = {name: torch.zeros(1, dtype=torch.float64) for name in batch()}
     moved = zeros | {"new_value": torch.tensor([1.0], dtype=torch.float64, requires_grad=True)}
     moved["returns"] = torch.tensor([2.0], dtype=torch.float64)
-    plain, clipped = (loss_of(moved, vf_coef=1.0, clip_vloss=clip)[1][1].item() for clip in (False, True))
+    plain, clipped = (loss_of(moved, vf_coef=1.0, clip_vloss=clip)[1]["value_loss"].item() for clip in (False, True))
     assert plain == pytest.approx(0.5)
     assert clipped == pytest.approx(0.5 * 1.8**2)  # as if the value had moved by 0.2 only
     loss_of(moved, vf_coef=1.0, clip_vloss=True)[0].backward()
