@@ -111,6 +111,8 @@ class Args:
     """end an update after the epoch whose approx_kl exceeds this"""
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
+    reward_scale: float = 1.0
+    """multiply rewards by this; with --norm-reward, a first guess at 1 / that deviation"""
     share_backbone: bool = False
     """one trunk under actor and critic instead of two"""
 
@@ -150,7 +152,7 @@ def check_args(args: Args) -> None:
         require(type(value) is not int or value >= 1 or name in ("seed", "eval_seed"), name, "at least 1")
     for name in ("seed", "eval_seed", "ent_coef", "vf_coef"):
         require(0 <= getattr(args, name) < math.inf, name, "0 or more")
-    for name in ("learning_rate", "clip_coef", "max_grad_norm"):
+    for name in ("learning_rate", "clip_coef", "max_grad_norm", "reward_scale"):
         require(0 < getattr(args, name) < math.inf, name, "above 0")
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
@@ -195,8 +197,9 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
         envs = NormalizeReward(RecordEpisodeStatistics(envs), gamma=args.gamma)
-        envs.return_rms.count = 100.0  # a prior: the first returns alone hardly vary and would blow rewards up
-        envs.update_running_mean = args.norm_reward  # its variance starts at 1: frozen, it changes nothing
+        # A prior worth 100 steps, for the first returns alone hardly vary; frozen, it divides by a constant.
+        envs.return_rms.count, envs.return_rms.var = 100.0, np.float64(args.reward_scale) ** -2
+        envs.update_running_mean = args.norm_reward
     return envs
 
 
