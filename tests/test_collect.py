@@ -21,14 +21,19 @@ class Teller(torch.nn.Module):
         return action, logprob, entropy, self.get_value(obs)
 
 
-def collected(script, tmp_path, env, num_steps=12, **changes):
+def prepared(script, tmp_path, env, **changes):
+    """Everything that collect() and update() take, for one of conftest's environments."""
     kind = "Box" if script.__name__ == "ppo_continuous_mlp" else ""
-    args = tiny_args(script, tmp_path, env_id=f"{env}{kind}-v0", num_steps=num_steps, norm_reward=False, **changes)
+    args = tiny_args(script, tmp_path, env_id=f"{env}{kind}-v0", **changes)
     envs = script.make_envs(args, args.num_envs, training=True)
-    agent = Teller(script.Agent(envs.single_observation_space, envs.single_action_space, args))
-    rollout = script.make_rollout(args, envs, torch.device("cpu"))
-    obs, _ = envs.reset(seed=1)
-    obs, episodes = script.collect(agent, envs, rollout, obs)
+    torch.manual_seed(0)
+    agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    return args, envs, agent, script.make_rollout(args, envs, torch.device("cpu"))
+
+
+def collected(script, tmp_path, env, num_steps=12, **changes):
+    _, envs, agent, rollout = prepared(script, tmp_path, env, num_steps=num_steps, norm_reward=False, **changes)
+    obs, episodes = script.collect(Teller(agent), envs, rollout, envs.reset(seed=1)[0])
     envs.close()
     return rollout, obs, episodes
 
@@ -78,11 +83,7 @@ def test_advantages_do_not_see_the_time_limit(mlp_script, tmp_path):
 
 
 def test_reward_scaling_leaves_reported_returns_alone(mlp_script, tmp_path):
-    kind = "Box" if mlp_script.__name__ == "ppo_continuous_mlp" else ""
-    args = tiny_args(mlp_script, tmp_path, env_id=f"Limited{kind}-v0", num_steps=40, norm_reward=True)
-    envs = mlp_script.make_envs(args, 2, training=True)
-    agent = mlp_script.Agent(envs.single_observation_space, envs.single_action_space, args)
-    rollout = mlp_script.make_rollout(args, envs, torch.device("cpu"))
+    _, envs, agent, rollout = prepared(mlp_script, tmp_path, "Limited", num_steps=40, norm_reward=True)
     _, episodes = mlp_script.collect(agent, envs, rollout, envs.reset(seed=1)[0])
     assert episodes == [(5.0, 5)] * 16
     scale = 1 / np.sqrt(envs.return_rms.var + 1e-8)
@@ -92,14 +93,9 @@ def test_reward_scaling_leaves_reported_returns_alone(mlp_script, tmp_path):
 
 
 def test_update_starts_at_ratio_one_and_lowers_the_loss(mlp_script, tmp_path):
-    kind = "Box" if mlp_script.__name__ == "ppo_continuous_mlp" else ""
     sizes = {"num_steps": 64, "num_minibatches": 1, "update_epochs": 1, "norm_reward": False}
-    args = tiny_args(mlp_script, tmp_path, env_id=f"Mortal{kind}-v0", **sizes)
-    envs = mlp_script.make_envs(args, 2, training=True)
-    torch.manual_seed(0)
-    agent = mlp_script.Agent(envs.single_observation_space, envs.single_action_space, args)
+    args, envs, agent, rollout = prepared(mlp_script, tmp_path, "Mortal", **sizes)
     optimizer = torch.optim.Adam(agent.parameters(), lr=3e-3)
-    rollout = mlp_script.make_rollout(args, envs, torch.device("cpu"))
     mlp_script.collect(agent, envs, rollout, envs.reset(seed=1)[0])
     first = mlp_script.update(agent, optimizer, rollout, args, 0.2)
     assert first["clipfrac"] == 0 and abs(first["approx_kl"]) < 1e-6 and first["grad_norm"] > 0
@@ -108,16 +104,11 @@ def test_update_starts_at_ratio_one_and_lowers_the_loss(mlp_script, tmp_path):
 
 
 def test_target_kl_ends_an_update(mlp_script, tmp_path):
-    kind = "Box" if mlp_script.__name__ == "ppo_continuous_mlp" else ""
     steps = {}
     for target_kl in (None, 1e-9):
-        args = tiny_args(mlp_script, tmp_path, env_id=f"Mortal{kind}-v0", update_epochs=6, target_kl=target_kl)
-        envs = mlp_script.make_envs(args, 2, training=True)
-        torch.manual_seed(0)
-        agent = mlp_script.Agent(envs.single_observation_space, envs.single_action_space, args)
+        args, envs, agent, rollout = prepared(mlp_script, tmp_path, "Mortal", update_epochs=6, target_kl=target_kl)
         optimizer = torch.optim.Adam(agent.parameters(), lr=1e-2)
-        rollout = mlp_script.make_rollout(args, envs, torch.device("cpu"))
         mlp_script.collect(agent, envs, rollout, envs.reset(seed=1)[0])
         mlp_script.update(agent, optimizer, rollout, args, 0.2)
-        steps[target_kl] = optimizer.state[agent.critic[-1].bias if kind else agent.critic.bias]["step"].item()
+        steps[target_kl] = next(iter(optimizer.state.values()))["step"].item()
     assert steps == {None: 12, 1e-9: 2}
