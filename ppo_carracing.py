@@ -70,6 +70,8 @@ class Args:
     """episodes of an evaluation, with --evaluate and after training"""
     eval_seed: int = 1_000_000
     """seed of an evaluation's first episode; the others count up from it"""
+    stock_env: bool = False
+    """take Gymnasium's own CarRacing: the same pixels and rewards at a quarter of the speed"""
     render: bool = False
     """show the evaluation in a window"""
     capture_video: bool = False
@@ -252,7 +254,9 @@ class FastCarRacing(CarRacing):
 class ActionRepeat(gym.Wrapper):
     """Holds each action for ``repeat`` frames, sums their rewards and shows the last one; the others aren't drawn.
 
-    With ``patience``, an episode without a new tile for so many frames is cut off (truncated, not terminated).
+    With ``patience``, for training only, an episode is cut off (truncated, not terminated) after so many frames
+    without a new tile. So it is at the end of a lap, which the pixels don't show coming: as a termination it would
+    be a loss out of the blue, of all the tiles ahead, and one that slow drivers are spared by the time limit.
     """
 
     def __init__(self, env: gym.Env, repeat: int, patience: int | None):
@@ -272,7 +276,10 @@ class ActionRepeat(gym.Wrapper):
             self.idle = 0 if reward > 0 else self.idle + 1
             if terminated or truncated:
                 break
-        truncated = truncated or (self.patience is not None and self.idle >= self.patience)
+        if self.patience is not None:
+            if info.get("lap_finished"):
+                terminated, truncated = False, True
+            truncated = truncated or self.idle >= self.patience
         if not self.unwrapped.draw:  # ended early: the last observation is one that nobody has drawn yet
             self.unwrapped.draw = True
             obs = self.unwrapped._render("state_pixels")
@@ -296,12 +303,17 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
     spec = gym.spec(args.env_id)
     if not str(spec.entry_point).endswith(":CarRacing"):
         raise InputError(f"--env-id {args.env_id} is no CarRacing: the other two scripts learn from vectors")
-    spec = replace(spec, entry_point=FastCarRacing)
+    spec = spec if args.stock_env else replace(spec, entry_point=FastCarRacing)
     render_mode = "rgb_array" if video_folder is not None else "human" if args.render else None
     env = gym.make(spec, render_mode=render_mode, disable_env_checker=True)  # it dislikes frames shown twice
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
     env = ActionRepeat(env, args.action_repeat, args.patience if training else None)
+    # Steering, gas and brake, each from -1 to 1. Below 0 a pedal is let go; a Beta on [0, 1] would never do that, and
+    # a brake that is touched all the time, however lightly, holds the car.
+    low, high = env.action_space.low, env.action_space.high
+    pedals = gym.spaces.Box(-1, 1, env.action_space.shape)
+    env = gym.wrappers.TransformAction(env, lambda action: action.clip(low, high), pedals)
     env = gym.wrappers.TransformObservation(env, shrink, gym.spaces.Box(0, 255, (48, 48), np.uint8))
     return gym.wrappers.FrameStackObservation(env, args.frame_stack)
 
@@ -391,6 +403,13 @@ class Agent(nn.Module):
 
     def observe(self, obs: Tensor) -> None:
         """Nothing to learn from a rollout's observations: pixels are divided by 255, whatever they are."""
+
+    def log(self, writer, rollout: dict[str, Tensor], global_step: int) -> None:
+        """Shows in TensorBoard what the agent does, the mean of each action, and what it sees, oldest frame first."""
+        means = self.env_action(rollout["actions"]).mean((0, 1)).tolist()
+        for name, mean in zip(("steering", "gas", "brake"), means):
+            writer.add_scalar(f"actions/{name}", mean, global_step)
+        writer.add_images("agent/frames", rollout["obs"][-1, 0, :, None], global_step)
 
 
 def compute_gae(
@@ -585,7 +604,10 @@ def load_checkpoint(path: Path) -> dict:
 
 
 # What describes this call and not the agent: never saved, always from the command line.
-CALL = ("cuda", "num_threads", "resume", "evaluate", "eval_episodes", "eval_seed", "render", "capture_video", "log_dir")
+CALL = (
+    "cuda", "num_threads", "resume", "evaluate", "eval_episodes", "eval_seed", "stock_env", "render", "capture_video",
+    "log_dir",
+)  # fmt: skip
 
 
 def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args:
@@ -626,6 +648,19 @@ def open_writer(args: Args, folder: Path, global_step: int):
     }
     writer.add_custom_scalars({"PPO": {name: ["Multiline", tags] for name, tags in pages.items()}})
     return writer
+
+
+def add_video(writer, folder: Path, global_step: int) -> None:
+    """Shows an evaluation's mp4 in TensorBoard, as a GIF. (Torch's add_video doesn't work with moviepy 2.)"""
+    from moviepy import VideoFileClip
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for mp4 in (folder / "videos").glob("*.mp4"):
+        gif = mp4.with_suffix(".gif")
+        with VideoFileClip(str(mp4)) as clip:
+            clip.resized(width=240).write_gif(str(gif), fps=10, logger=None)
+        image = Summary.Image(encoded_image_string=gif.read_bytes(), width=240, colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
 
 
 @contextmanager
@@ -730,14 +765,17 @@ def train(args: Args) -> Path:
                 }
                 for name in ("best.pt", "latest.pt") if best else ("latest.pt",):
                     save_checkpoint(folder / name, checkpoint)
+                agent.log(writer, rollout, global_step)
             if caught:
                 break
         bar.close()
     if caught:
         print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
-    returns = evaluate(args, agent.state_dict(), folder, device)
+    returns, _ = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
+    if args.capture_video:
+        add_video(writer, folder, global_step)
     writer.close()
     print(f"checkpoint: {folder / 'latest.pt'}")
     print(f"watch it:   python {Path(__file__).name} --evaluate {folder} --render")
@@ -745,10 +783,13 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device) -> np.ndarray:
+def evaluate(
+    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
-    Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
+    Returns the returns, in the environment's own reward, and the lengths, in steps, both ``[eval_episodes]``. A video
+    goes to ``folder``/videos.
     """
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
@@ -756,18 +797,20 @@ def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch
     with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         agent.load_state_dict(weights)
-        returns, totals = np.zeros(args.eval_episodes), np.zeros(num_envs)
+        returns, lengths = np.zeros((2, args.eval_episodes))
+        totals, steps = np.zeros((2, num_envs))
         episodes = np.arange(num_envs)  # the one that each environment plays; those past the last don't count
         obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist())
         while (episodes < args.eval_episodes).any():
             action = agent.act(torch.from_numpy(obs).to(device))
             obs, rewards, terminated, truncated, _ = envs.step(agent.env_action(action))
             totals += rewards
+            steps += 1
             done = terminated | truncated
             if done.any():
                 counted = done & (episodes < args.eval_episodes)
-                returns[episodes[counted]] = totals[counted]
-                totals[done] = 0
+                returns[episodes[counted]], lengths[episodes[counted]] = totals[counted], steps[counted]
+                totals[done] = steps[done] = 0
                 episodes[done] = episodes.max() + 1 + np.arange(done.sum())
                 obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist(), options={"reset_mask": done})
     print(
@@ -775,7 +818,7 @@ def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch
         f"min {returns.min():.1f} max {returns.max():.1f} episodes {len(returns)} first-seed {args.eval_seed}",
         flush=True,
     )
-    return returns
+    return returns, lengths
 
 
 def main() -> None:

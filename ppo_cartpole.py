@@ -286,6 +286,12 @@ class Agent(nn.Module):
         """Takes a rollout's observations into the statistics that normalise the next ones."""
         self.obs_norm.update(obs)
 
+    def log(self, writer, rollout: dict[str, Tensor], global_step: int) -> None:
+        """Shows in TensorBoard what share of a rollout's actions each one had."""
+        counts = rollout["actions"].flatten().bincount(minlength=self.actor.out_features)
+        for action, share in enumerate((counts / counts.sum()).tolist()):
+            writer.add_scalar(f"actions/share_{action}", share, global_step)
+
 
 def compute_gae(
     rewards: Tensor,
@@ -522,6 +528,19 @@ def open_writer(args: Args, folder: Path, global_step: int):
     return writer
 
 
+def add_video(writer, folder: Path, global_step: int) -> None:
+    """Shows an evaluation's mp4 in TensorBoard, as a GIF. (Torch's add_video doesn't work with moviepy 2.)"""
+    from moviepy import VideoFileClip
+    from tensorboard.compat.proto.summary_pb2 import Summary
+
+    for mp4 in (folder / "videos").glob("*.mp4"):
+        gif = mp4.with_suffix(".gif")
+        with VideoFileClip(str(mp4)) as clip:
+            clip.resized(width=240).write_gif(str(gif), fps=10, logger=None)
+        image = Summary.Image(encoded_image_string=gif.read_bytes(), width=240, colorspace=3)
+        writer.file_writer.add_summary(Summary(value=[Summary.Value(tag="eval/video", image=image)]), global_step)
+
+
 @contextmanager
 def caught_signals():
     """Yields a list that collects SIGINT and SIGTERM, for a run to end between iterations; the second one kills."""
@@ -624,14 +643,17 @@ def train(args: Args) -> Path:
                 }
                 for name in ("best.pt", "latest.pt") if best else ("latest.pt",):
                     save_checkpoint(folder / name, checkpoint)
+                agent.log(writer, rollout, global_step)
             if caught:
                 break
         bar.close()
     if caught:
         print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
         raise SystemExit(128 + caught[0])
-    returns = evaluate(args, agent.state_dict(), folder, device)
+    returns, _ = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
+    if args.capture_video:
+        add_video(writer, folder, global_step)
     writer.close()
     print(f"checkpoint: {folder / 'latest.pt'}")
     print(f"watch it:   python {Path(__file__).name} --evaluate {folder} --render")
@@ -639,10 +661,13 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device) -> np.ndarray:
+def evaluate(
+    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
 
-    Returns the returns ``[eval_episodes]``, in the environment's own reward. A video goes to ``folder``/videos.
+    Returns the returns, in the environment's own reward, and the lengths, in steps, both ``[eval_episodes]``. A video
+    goes to ``folder``/videos.
     """
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
@@ -650,18 +675,20 @@ def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch
     with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         agent.load_state_dict(weights)
-        returns, totals = np.zeros(args.eval_episodes), np.zeros(num_envs)
+        returns, lengths = np.zeros((2, args.eval_episodes))
+        totals, steps = np.zeros((2, num_envs))
         episodes = np.arange(num_envs)  # the one that each environment plays; those past the last don't count
         obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist())
         while (episodes < args.eval_episodes).any():
             action = agent.act(torch.from_numpy(obs).to(device))
             obs, rewards, terminated, truncated, _ = envs.step(agent.env_action(action))
             totals += rewards
+            steps += 1
             done = terminated | truncated
             if done.any():
                 counted = done & (episodes < args.eval_episodes)
-                returns[episodes[counted]] = totals[counted]
-                totals[done] = 0
+                returns[episodes[counted]], lengths[episodes[counted]] = totals[counted], steps[counted]
+                totals[done] = steps[done] = 0
                 episodes[done] = episodes.max() + 1 + np.arange(done.sum())
                 obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist(), options={"reset_mask": done})
     print(
@@ -669,7 +696,7 @@ def evaluate(args: Args, weights: dict[str, Tensor], folder: Path, device: torch
         f"min {returns.min():.1f} max {returns.max():.1f} episodes {len(returns)} first-seed {args.eval_seed}",
         flush=True,
     )
-    return returns
+    return returns, lengths
 
 
 def main() -> None:

@@ -1,18 +1,24 @@
-"""Prints how fast CarRacing-v3 is, stock and as ppo_carracing.py has it, on one core: python benchmarks/car_racing.py
+"""Prints how fast CarRacing-v3 is, stock and as ppo_carracing.py has it: python benchmarks/car_racing.py
 
-The variants take turns over the same drive, round after round, so that a slow moment of the machine hits all of them;
-the figures are medians over the rounds.
+First the environment alone, on one core: the variants take turns over the same drive, round after round, so that a slow
+moment of the machine hits all of them; the figures are medians over the rounds. Then whole training runs on all cores,
+cut short: the script, the same on the stock environment, and Stable-Baselines3's PPO with the settings of its zoo.
 """
 
 import copy
+import subprocess
 import sys
+import tempfile
 import time
+from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
+import ppo_carracing
 from ppo_carracing import ActionRepeat, FastCarRacing
 
 FRAMES, ROUNDS, SEED = 240, 5, 4
@@ -35,6 +41,41 @@ def frames_per_second(env: gym.Env, actions: list[np.ndarray], repeat: int = 1) 
     for action in actions:
         env.step(action)
     return len(actions) * repeat / (time.perf_counter() - start)
+
+
+def script_speed(*flags: str) -> float:
+    """Steps per second of a run of ppo_carracing.py, without its start and its evaluation."""
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, ppo_carracing.__file__, "--total-timesteps", "8192", "--eval-episodes", "1"]
+        subprocess.run([*command, "--log-dir", folder, *flags], check=True, capture_output=True)
+        (run,) = Path(folder).iterdir()
+        return EventAccumulator(str(run)).Reload().Scalars("charts/SPS")[-1].value
+
+
+def zoo_env() -> gym.Env:
+    """Two frames per action, grey; the zoo shrinks to 64 x 64, which costs more than this cut."""
+    env = ActionRepeat(gym.make("CarRacing-v3"), 2, patience=None)
+    grey = gym.spaces.Box(0, 255, (64, 64, 1), np.uint8)
+    return gym.wrappers.TransformObservation(env, lambda frame: frame[16:80, 16:80, 1:2], grey)
+
+
+def sb3_speed() -> float:
+    """Steps per second of Stable-Baselines3's PPO, by its zoo's settings for CarRacing, over one rollout and update."""
+    from stable_baselines3 import PPO
+    from stable_baselines3.common.vec_env import SubprocVecEnv, VecFrameStack, VecNormalize
+    from torch import nn
+
+    envs = VecNormalize(VecFrameStack(SubprocVecEnv([zoo_env] * 8), 2), norm_obs=False)
+    network = {"log_std_init": -2, "ortho_init": False, "activation_fn": nn.GELU, "net_arch": [256]}
+    model = PPO(
+        "CnnPolicy", envs, n_steps=512, batch_size=128, n_epochs=10, learning_rate=1e-4, use_sde=True,
+        sde_sample_freq=4, policy_kwargs=network,
+    )  # fmt: skip
+    start = time.perf_counter()
+    model.learn(8 * 512)
+    seconds = time.perf_counter() - start
+    envs.close()
+    return 8 * 512 / seconds
 
 
 def main() -> None:
@@ -63,6 +104,17 @@ def main() -> None:
     drawing = [1 / rate - 1 / bare for rate, bare in zip(rates["stock"], rates["physics alone"])]
     quicker = [1 / rate - 1 / bare for rate, bare in zip(rates["fast"], rates["physics alone"])]
     print(f"drawing alone   {np.median(np.array(drawing) / quicker):.1f} x as fast as stock")
+    runs = {
+        "training": (script_speed, 4),
+        "training on stock": (partial(script_speed, "--stock-env"), 4),
+        "training with SB3": (sb3_speed, 2),
+    }
+    frames = {name: measure() * repeat for name, (measure, repeat) in runs.items()}
+    for name, speed in frames.items():
+        steps = speed / runs[name][1]
+        print(
+            f"{name:18s} {steps:4.0f} steps/s {speed:5.0f} frames/s  training is {frames['training'] / speed:.1f} x as fast"
+        )
 
 
 if __name__ == "__main__":

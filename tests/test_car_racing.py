@@ -6,6 +6,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ppo_carracing, tiny_args
+from gymnasium.envs.box2d.car_racing import CarRacing
 
 STEER = np.float32([0.1, 0.5, 0.0])
 
@@ -132,6 +133,21 @@ def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
         assert total < -80  # the environment's own reward, unscaled
 
 
+@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_finished_lap_is_a_truncation_in_training_only(tmp_path, training, finished):
+    """Leaving the field is a termination in either."""
+    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
+    env.reset(seed=1)
+    if finished:
+        env.unwrapped.new_lap = True
+    else:
+        env.unwrapped.car.hull.position = (340, 0)
+    _, reward, terminated, truncated, info = env.step(STEER)
+    assert info["lap_finished"] == finished and (reward < -50) == (not finished)
+    assert (terminated, truncated) == ((False, True) if training and finished else (True, False))
+
+
 def test_observations_are_stacked_grey_uint8(tmp_path):
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True)
     stock = gym.make("CarRacing-v3")
@@ -158,3 +174,26 @@ def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path):
     assert infos["episode"]["r"][0] != pytest.approx(rewards)
     assert infos["episode"]["l"][0] * -0.4 <= infos["episode"]["r"][0] < 20
     envs.close()
+
+
+def test_the_stock_env_plays_the_same(tmp_path):
+    fast, stock = (
+        ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path, stock_env=stock), training=False)
+        for stock in (False, True)
+    )
+    assert type(stock.unwrapped) is CarRacing and type(fast.unwrapped) is ppo_carracing.FastCarRacing
+    assert np.array_equal(fast.reset(seed=6)[0], stock.reset(seed=6)[0])
+    for _ in range(50):
+        (obs, *rest), (stock_obs, *stock_rest) = fast.step(STEER), stock.step(STEER)
+        assert np.array_equal(obs, stock_obs) and rest == stock_rest
+
+
+def test_a_pedal_below_zero_is_let_go(tmp_path):
+    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True)
+    assert env.action_space == gym.spaces.Box(-1, 1, (3,))
+    env.reset(seed=1)
+    for pedals, gas, brake in (((-0.3, -0.1), 0, 0), ((0.05, -1), 0.05, 0), ((-1, 0.25), 0, 0.25)):
+        for _ in range(2):  # gas comes up by at most 0.1 a frame, and goes at once
+            env.step(np.float32([0, *pedals]))
+        rear = env.unwrapped.car.wheels[2]
+        assert (rear.gas, rear.brake) == pytest.approx((gas, brake))

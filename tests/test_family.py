@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What differs by nature; everything else that has a name in more than one script has one text.
-OWN = {"Args", "make_env", "Agent"}
+OWN = {"Args", "make_env", "Agent", "CALL"}
 
 
 def definitions(name):
@@ -37,6 +37,7 @@ def test_shared_names_have_the_same_text(other):
             first[name].splitlines(), second[name].splitlines(), "ppo_cartpole", other, lineterm=""
         )
         assert first[name] == second[name], "\n".join(diff)
+    assert set(SCRIPTS[other].CALL) - {"stock_env"} == set(SCRIPTS["ppo_cartpole"].CALL)
 
 
 def test_chapters_come_in_the_same_order():

@@ -19,7 +19,7 @@ def untrained_return(script, tmp_path, episodes):
     torch.manual_seed(args.seed)
     agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)
     envs.close()
-    return np.mean(script.evaluate(args, agent.state_dict(), tmp_path, torch.device("cpu")))
+    return script.evaluate(args, agent.state_dict(), tmp_path, torch.device("cpu"))[0].mean()
 
 
 def test_cartpole(tmp_path):

@@ -79,23 +79,31 @@ def test_each_episode_has_its_own_seed(script, run):
     for first_seed in (1_000_000, 1_000_001):
         flags = script.Args(eval_seed=first_seed, eval_episodes=3, num_envs=2, async_envs=False, cuda=False)
         args = script.adopt_args(flags, checkpoint, free=("num_envs", "async_envs"))
-        returns.append(script.evaluate(args, checkpoint["agent"], folder, torch.device("cpu")))
+        returns.append(script.evaluate(args, checkpoint["agent"], folder, torch.device("cpu"))[0])
     assert np.allclose(returns[0][1:], returns[1][:2])
 
 
-def test_tensorboard_shows_the_tags_of_the_design(run):
+ACTION_TAGS = {
+    "ppo_cartpole": {"actions/share_0", "actions/share_1"},
+    "ppo_carracing": {"actions/steering", "actions/gas", "actions/brake"},
+    "ppo_continuous_mlp": {"actions/mean_0", "actions/std_0", "actions/mean_1", "actions/std_1"},
+}
+
+
+def test_tensorboard_shows_the_tags_of_the_design(script, run):
     _, folder = run
     events = EventAccumulator(str(folder)).Reload()
     names = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance grad_norm"
     expected = {f"losses/{name}" for name in names.split()}
     expected |= {"charts/learning_rate", "charts/clip_coef", "charts/SPS"}
-    expected |= {"time/collect_fraction", "eval/return_mean"}
+    expected |= {"time/collect_fraction", "eval/return_mean"} | ACTION_TAGS[script.__name__]
     scalars = set(events.Tags()["scalars"])
     assert expected <= scalars <= expected | {"charts/episodic_return", "charts/episodic_length"}
     assert [event.step for event in events.Scalars("losses/value_loss")] == [16, 32, 48, 64]
     rates = [event.value for event in events.Scalars("charts/learning_rate")]
     assert np.allclose(np.array(rates) / rates[0], [1, 0.75, 0.5, 0.25])
     assert "hyperparameters/text_summary" in events.Tags()["tensors"]
+    assert events.Tags()["images"] == (["agent/frames"] if script.__name__ == "ppo_carracing" else [])
     plugins = {events.summary_metadata[tag].plugin_data.plugin_name for tag in events.summary_metadata}
     assert {"hparams", "custom_scalars", "text"} <= plugins
 
@@ -238,5 +246,6 @@ def test_video(mlp_script, tmp_path):
     pytest.importorskip("moviepy")
     env_id = {"ppo_cartpole": "CartPole-v1", "ppo_continuous_mlp": "Pendulum-v1"}[mlp_script.__name__]
     folder = mlp_script.train(tiny_args(mlp_script, tmp_path, env_id=env_id, capture_video=True))
-    (video,) = (folder / "videos").iterdir()
-    assert video.suffix == ".mp4" and video.stat().st_size > 1000
+    gif, mp4 = sorted((folder / "videos").iterdir(), key=lambda path: path.suffix)
+    assert (gif.suffix, mp4.suffix) == (".gif", ".mp4") and mp4.stat().st_size > 1000
+    assert EventAccumulator(str(folder)).Reload().Tags()["images"] == ["eval/video"]
