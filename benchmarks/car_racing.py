@@ -111,10 +111,8 @@ def main() -> None:
     }
     frames = {name: measure() * repeat for name, (measure, repeat) in runs.items()}
     for name, speed in frames.items():
-        steps = speed / runs[name][1]
-        print(
-            f"{name:18s} {steps:4.0f} steps/s {speed:5.0f} frames/s  training is {frames['training'] / speed:.1f} x as fast"
-        )
+        steps, ratio = speed / runs[name][1], frames["training"] / speed
+        print(f"{name:18s} {steps:4.0f} steps/s {speed:5.0f} frames/s; the first is {ratio:.1f} x as fast")
 
 
 if __name__ == "__main__":
