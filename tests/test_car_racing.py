@@ -188,12 +188,28 @@ def test_the_stock_env_plays_the_same(tmp_path):
         assert np.array_equal(obs, stock_obs) and rest == stock_rest
 
 
-def test_a_pedal_below_zero_is_let_go(tmp_path):
-    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True)
-    assert env.action_space == gym.spaces.Box(-1, 1, (3,))
+def test_every_second_training_episode_is_driven_in_a_mirror(tmp_path):
+    """The same pixels and rewards for the opposite steering, the other way round."""
+    mirror = ppo_carracing.Mirror(ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=False).env)
+    plain = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=False).env
+    rng = np.random.default_rng(1)
+    for side in (1, -1, 1):
+        assert np.array_equal(plain.reset(seed=9)[0][:, ::side], mirror.reset(seed=9)[0])
+        for _ in range(30):
+            action = rng.uniform(plain.action_space.low, plain.action_space.high).astype(np.float32)
+            (obs, *rest), (mirrored, *mirrored_rest) = (
+                plain.step(action),
+                mirror.step(action * np.float32([side, 1, 1])),
+            )
+            assert np.array_equal(obs[:, ::side], mirrored) and rest == mirrored_rest
+        assert not np.array_equal(obs, obs[:, ::-1])
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_fifth_of_the_brake_is_in_reach(tmp_path, training):
+    env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
+    assert np.array_equal(env.action_space.low, [-1, 0, 0])
+    assert np.array_equal(env.action_space.high, np.float32([1, 1, 0.2]))
     env.reset(seed=1)
-    for pedals, gas, brake in (((-0.3, -0.1), 0, 0), ((0.05, -1), 0.05, 0), ((-1, 0.25), 0, 0.25)):
-        for _ in range(2):  # gas comes up by at most 0.1 a frame, and goes at once
-            env.step(np.float32([0, *pedals]))
-        rear = env.unwrapped.car.wheels[2]
-        assert (rear.gas, rear.brake) == pytest.approx((gas, brake))
+    env.step(np.float32([0, 0.1, 0.15]))
+    assert (env.unwrapped.car.wheels[2].gas, env.unwrapped.car.wheels[2].brake) == pytest.approx((0.1, 0.15))
