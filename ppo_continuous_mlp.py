@@ -29,7 +29,7 @@ import signal
 import sys
 import time
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -139,6 +139,10 @@ class InputError(ValueError):
     """A flag, environment or checkpoint that can't be used; the message says why and what to do."""
 
 
+class RunError(RuntimeError):
+    """A run that failed midway; the message says what happened and where. Its last checkpoint is good."""
+
+
 def check_args(args: Args) -> None:
     """Refuses what contradicts itself, before anything is created. Raises InputError."""
 
@@ -158,7 +162,7 @@ def check_args(args: Args) -> None:
     batch = f"num_envs * num_steps = {args.batch_size}"
     require(args.batch_size % args.num_minibatches == 0, "num_minibatches", f"a divisor of {batch}")
     require(args.total_timesteps >= args.batch_size, "total_timesteps", f"at least one rollout, {batch}")
-    training_seeds = range(args.seed, args.seed + args.num_envs)
+    training_seeds = range(args.seed, args.seed + args.num_envs * args.num_iterations)  # resumed, it takes new ones
     unseen = args.eval_seed + args.eval_episodes <= args.seed or args.eval_seed not in training_seeds
     require(unseen, "eval_seed", f"clear of the training seeds {args.seed} to {training_seeds[-1]}")
     require(args.resume is None or args.evaluate is None, "resume", "used without --evaluate")
@@ -167,9 +171,9 @@ def check_args(args: Args) -> None:
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
     """Builds one environment; training and evaluation get the same. Raises gymnasium.error.Error if there is none."""
-    if multiprocessing.parent_process() is not None:  # a worker: Ctrl-C is for the process that trains
+    if multiprocessing.parent_process() is not None:  # a worker: signals are for the process that trains
         signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if video_folder is None:
         return gym.make(args.env_id, render_mode="human" if args.render else None)
     env = gym.make(args.env_id, render_mode="rgb_array")
@@ -199,6 +203,20 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
         envs.return_rms.count, envs.return_rms.var = 100.0, np.float64(args.reward_scale) ** -2
         envs.update_running_mean = args.norm_reward
     return envs
+
+
+@contextmanager
+def opened(envs: gym.vector.VectorEnv):
+    """Yields ``envs`` and closes them; after an error by force, for a worker may be gone and the others waiting."""
+    try:
+        yield envs
+    except BaseException:
+        for process in getattr(envs.unwrapped, "processes", ()):
+            process.kill()
+            envs.unwrapped.closed = True
+        raise
+    finally:
+        envs.close()
 
 
 class RunningNorm(nn.Module):
@@ -367,6 +385,17 @@ def ppo_loss(
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
+def check_numbers(rollout: dict[str, Tensor], stats: dict[str, float], first_step: int) -> None:
+    """Raises RunError where a rollout that began at ``first_step``, or the update that it led to, isn't finite."""
+    for name in ("obs", "rewards"):
+        for step, env, *_ in (~rollout[name].isfinite()).nonzero().tolist():
+            step = first_step + step * rollout["rewards"].shape[1]
+            raise RunError(f"{name} of environment {env} at step {step} are not finite")
+    for name, value in stats.items():
+        if not math.isfinite(value) and name != "explained_variance":  # which is nan where all returns are equal
+            raise RunError(f"{name} is {value} in the update after step {first_step + rollout['rewards'].numel()}")
+
+
 def anneal(initial: float, progress: float, enabled: bool = True) -> float:
     """Falls linearly from ``initial`` at progress 0 to 0 at progress 1; constant where not ``enabled``."""
     return initial * (1 - progress) if enabled else initial
@@ -463,13 +492,17 @@ def update(
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
-    """Writes ``checkpoint`` to ``path``, whole or not at all: a crash leaves the previous file."""
+    """Writes ``checkpoint`` to ``path``, whole or not at all: a crash leaves the previous file. Raises RunError."""
     unfinished = path.with_suffix(".tmp")
-    with open(unfinished, "wb") as file:
-        torch.save(checkpoint, file)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(unfinished, path)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+    except (OSError, RuntimeError) as error:  # torch's own, where its last bytes can't be written
+        unfinished.unlink(missing_ok=True)
+        raise RunError(f"{path} can't be written: {error}") from error
 
 
 def load_checkpoint(path: Path) -> dict:
@@ -498,6 +531,17 @@ def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             raise InputError(f"{flag} contradicts the checkpoint's {saved[name]}: leave the flag out")
     return replace(args, **{name: value for name, value in saved.items() if name not in given})
+
+
+def make_agent(args: Args, envs: gym.vector.VectorEnv, device: torch.device, weights: dict | None = None) -> nn.Module:
+    """Builds the agent for ``envs``, with ``weights`` if given. Raises InputError where they don't fit."""
+    agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    try:
+        if weights is not None:
+            agent.load_state_dict(weights)
+    except RuntimeError as error:
+        raise InputError(f"the checkpoint's weights don't fit {args.env_id} as this script sees it") from error
+    return agent
 
 
 def pick_device(args: Args) -> torch.device:
@@ -569,24 +613,29 @@ def train(args: Args) -> Path:
     check_args(args)
     device = pick_device(args)
     torch.manual_seed(args.seed)
+    rng = torch.cuda if device.type == "cuda" else torch
+    torch.set_num_threads(args.num_threads)  # the weights' first bits depend on it, through the QR decomposition
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    with closing(make_envs(args, args.num_envs, training=True)) as envs, caught_signals() as caught:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
+    with opened(make_envs(args, args.num_envs, training=True)) as envs, caught_signals() as caught:
+        agent = make_agent(args, envs, device, checkpoint and checkpoint["agent"])
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         rollout = make_rollout(args, envs, device)
         first_iteration, best_return, recent_returns = 0, -math.inf, deque(maxlen=100)
         if checkpoint is None:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             folder = args.log_dir / name.replace("/", "_")
-            folder.mkdir(parents=True)
+            try:
+                folder.mkdir(parents=True)
+            except OSError as error:
+                raise InputError(f"--log-dir {args.log_dir} can't be written: {error.strerror}") from error
         else:
             folder = args.resume if args.resume.is_dir() else args.resume.parent
-            agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             vars(envs.return_rms).update(checkpoint["return_rms"])
             first_iteration, best_return = checkpoint["iteration"], checkpoint["best_return"]
             recent_returns.extend(checkpoint["recent_returns"])
-            torch.set_rng_state(checkpoint["rng_state"])
+            if device.type in checkpoint["rng_state"]:
+                rng.set_rng_state(checkpoint["rng_state"][device.type])
         global_step = first_step = first_iteration * args.batch_size
         writer = open_writer(args, folder, global_step)
         total_steps = args.num_iterations * args.batch_size
@@ -602,10 +651,17 @@ def train(args: Args) -> Path:
 
             iteration_start = time.perf_counter()
             torch.set_num_threads(1)  # torch's idle threads spin, which starves the environments' workers
-            obs, episodes = collect(agent, envs, rollout, obs)
+            try:
+                obs, episodes = collect(agent, envs, rollout, obs)
+            except Exception as error:
+                check_numbers(rollout, {}, global_step)  # an action that isn't finite may be what they failed at
+                gone = isinstance(error, EOFError | ConnectionError)  # killed, perhaps for want of memory
+                what = "one of their processes is gone" if gone else f"{type(error).__name__}: {error}"
+                raise RunError(f"the environments failed after step {global_step}: {what}") from error
             collected = time.perf_counter()
             torch.set_num_threads(args.num_threads)
             stats = update(agent, optimizer, rollout, args, clip_coef)
+            check_numbers(rollout, stats, global_step)
             agent.observe(rollout["obs"])
             now = time.perf_counter()
 
@@ -636,7 +692,7 @@ def train(args: Args) -> Path:
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
                     "return_rms": {name: float(value) for name, value in vars(envs.return_rms).items()},
-                    "rng_state": torch.get_rng_state(),
+                    "rng_state": {device.type: rng.get_rng_state()},
                     "iteration": iteration,
                     "global_step": global_step,
                     "recent_returns": list(recent_returns),
@@ -673,9 +729,8 @@ def evaluate(
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     torch.set_num_threads(1)
     video_folder = folder / "videos" if args.capture_video else None
-    with closing(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
-        agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
-        agent.load_state_dict(weights)
+    with opened(make_envs(args, num_envs, training=False, video_folder=video_folder)) as envs:
+        agent = make_agent(args, envs, device, weights)
         returns, lengths = np.zeros((2, args.eval_episodes))
         totals, steps = np.zeros((2, num_envs))
         episodes = np.arange(num_envs)  # the one that each environment plays; those past the last don't count
@@ -715,6 +770,9 @@ def main() -> None:
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
 

@@ -1,0 +1,292 @@
+"""A run survives what happens to runs: kills, dying environments, numbers that aren't finite, disks that are full."""
+
+import errno
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields, replace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, Clock, tiny_args
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+
+class Faulty(Clock):
+    """A clock that breaks at its 21st step, in the way that its id says."""
+
+    def __init__(self, fault, **kwargs):
+        super().__init__(**kwargs)
+        self.fault = fault
+
+    def step(self, action):
+        obs, reward, *rest = super().step(action)
+        if self.time == 21:
+            if self.fault == "Raising":
+                raise ValueError("engine on fire")
+            if self.fault == "Killed":
+                os.kill(os.getpid(), signal.SIGKILL)
+            obs[1] = math.nan if self.fault == "BlindObs" else obs[1]
+            reward = math.inf if self.fault == "InfiniteReward" else reward
+        return obs, reward, *rest
+
+
+FAULTS = {
+    "Raising": "ValueError: engine on fire",
+    "Killed": "one of their processes is gone",
+    "BlindObs": "obs of environment 0 at step 42 are not finite",
+    "InfiniteReward": "rewards of environment 0 at step 40 are not finite",
+}
+for fault in FAULTS:
+    for suffix, discrete in (("", True), ("Box", False)):
+        kwargs = {"fault": fault, "discrete": discrete}
+        gym.register(f"{fault}{suffix}-v0", entry_point=Faulty, kwargs=kwargs, disable_env_checker=True)
+
+
+def suitable(script, name):
+    """The id of a clock that has the actions which ``script`` learns."""
+    return f"{name}{'' if script.__name__ == 'ppo_cartpole' else 'Box'}-v0"
+
+
+def workers(pid):
+    """Processes that ``pid`` started and that still run."""
+    found = []
+    for status in os.listdir("/proc"):
+        try:
+            with open(f"/proc/{status}/stat") as file:
+                state, parent = file.read().rpartition(")")[2].split()[:2]
+            found += [int(status)] if int(parent) == pid and state != "Z" else []
+        except (OSError, ValueError):
+            pass
+    return found
+
+
+@pytest.mark.parametrize("fault, async_envs", [(f, a) for f in FAULTS for a in (False, True) if a or f != "Killed"])
+def test_what_an_environment_does_wrong_ends_the_run_in_one_line(mlp_script, tmp_path, fault, async_envs):
+    """Within seconds, with the last good checkpoint kept, and no process left."""
+    args = tiny_args(
+        mlp_script, tmp_path, env_id=suitable(mlp_script, fault), async_envs=async_envs, total_timesteps=6400
+    )
+    start, before = time.monotonic(), set(workers(os.getpid()))
+    with pytest.raises(mlp_script.RunError, match=FAULTS[fault]) as raised:
+        mlp_script.train(args)
+    assert time.monotonic() - start < 30 and "\n" not in str(raised.value)
+    (folder,) = (tmp_path / "runs").iterdir()
+    checkpoint = mlp_script.load_checkpoint(folder)
+    assert checkpoint["iteration"] == 2  # of 16 steps each
+    assert all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
+    deadline = time.monotonic() + 10
+    while set(workers(os.getpid())) - before and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not set(workers(os.getpid())) - before
+
+
+def test_a_gradient_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatch):
+    honest, calls = script.ppo_loss, []
+
+    def poisoned(*args):
+        calls.append(None)
+        loss, stats = honest(*args)
+        return (loss * math.nan if len(calls) > 8 else loss), stats
+
+    monkeypatch.setattr(script, "ppo_loss", poisoned)
+    with pytest.raises(script.RunError, match=r"\w+ is nan in the update after step 48"):
+        script.train(tiny_args(script, tmp_path))
+    (folder,) = (tmp_path / "runs").iterdir()
+    checkpoint = script.load_checkpoint(folder)
+    assert checkpoint["iteration"] == 2
+    assert all(tensor.isfinite().all() for tensor in checkpoint["agent"].values())
+
+
+def test_a_full_disk_leaves_the_previous_checkpoint(script, tmp_path, monkeypatch, capsys):
+    state = {"script": script.__name__, "args": {}, "iteration": 1}
+    script.save_checkpoint(tmp_path / "latest.pt", state)
+
+    def full(_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(script.RunError, match=r"latest\.pt can't be written: .*No space left"):
+        script.save_checkpoint(tmp_path / "latest.pt", state | {"iteration": 2})
+    assert script.load_checkpoint(tmp_path)["iteration"] == 1 and len(list(tmp_path.iterdir())) == 1
+    monkeypatch.setattr(sys, "argv", ["x"])
+    monkeypatch.setattr(script, "train", lambda args: script.save_checkpoint(tmp_path / "latest.pt", state))
+    with pytest.raises(SystemExit) as exit:
+        script.main()
+    assert exit.value.code == 1 and len(capsys.readouterr().err.strip().splitlines()) == 1
+
+
+def test_a_folder_that_cannot_be_made_is_refused(script, tmp_path):
+    (tmp_path / "runs").write_text("a file")
+    with pytest.raises(script.InputError, match=r"--log-dir .* can't be written"):
+        script.train(tiny_args(script, tmp_path))
+
+
+def test_weights_of_another_shape_are_refused(script, tmp_path):
+    folder = script.train(tiny_args(script, tmp_path))
+    checkpoint = script.load_checkpoint(folder)
+    name = next(name for name, tensor in checkpoint["agent"].items() if tensor.ndim == 2)
+    checkpoint["agent"][name] = checkpoint["agent"][name][:, 1:]
+    script.save_checkpoint(folder / "latest.pt", checkpoint)
+    with pytest.raises(script.InputError, match="weights don't fit"):
+        script.train(script.Args(resume=folder, cuda=False))
+
+
+def test_a_resumed_run_equals_the_uninterrupted_one(mlp_script, tmp_path):
+    """Bit for bit, where episodes end with the checkpoint's iteration and are the same from every seed."""
+    rounds = suitable(mlp_script, "Rounds")
+    args = tiny_args(mlp_script, tmp_path, env_id=rounds, total_timesteps=96, norm_reward=False)
+    whole = mlp_script.load_checkpoint(mlp_script.train(args))
+    stopped = stop_after(mlp_script, replace(args, log_dir=tmp_path / "stopped"), iterations=3)
+    assert mlp_script.load_checkpoint(stopped)["iteration"] == 3
+    resumed = mlp_script.load_checkpoint(mlp_script.train(mlp_script.Args(resume=stopped, cuda=False, eval_episodes=1)))
+    for part in ("agent", "optimizer", "return_rms", "rng_state"):
+        assert flat(whole[part]) == flat(resumed[part]), part
+    assert [whole[key] for key in ("iteration", "global_step", "best_return")] == [6, 96, -math.inf]
+    assert whole["recent_returns"] == resumed["recent_returns"]
+
+
+class Rounds(Clock):
+    """A clock that is cut off after 4 steps and doesn't count its episodes."""
+
+    def step(self, action):
+        obs, *rest = super().step(action)
+        return obs * np.float32([1, 0, 1]), *rest
+
+    def reset(self, **kwargs):
+        return super().reset(**kwargs)[0] * np.float32([1, 0, 1]), {}
+
+
+gym.register("Rounds-v0", entry_point=Rounds, kwargs={"limit": 4}, disable_env_checker=True)
+gym.register("RoundsBox-v0", entry_point=Rounds, kwargs={"limit": 4, "discrete": False}, disable_env_checker=True)
+
+
+def flat(value):
+    """Nested values as something that == compares."""
+    if isinstance(value, torch.Tensor):
+        return value.numpy().tobytes()
+    if isinstance(value, dict):
+        return {key: flat(item) for key, item in value.items()}
+    return [flat(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def stop_after(script, args, iterations):
+    """Trains until a signal that comes in the midst of iteration ``iterations``; returns the folder."""
+    honest, calls = script.update, []
+
+    def update(*rest):
+        calls.append(None)
+        if len(calls) == iterations:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return honest(*rest)
+
+    script.update = update
+    try:
+        with pytest.raises(SystemExit) as exit:
+            script.train(args)
+    finally:
+        script.update = honest
+    assert exit.value.code == 143
+    (folder,) = args.log_dir.iterdir()
+    return folder
+
+
+def start(script, place, *flags):
+    """Starts a run without end that saves all the time; returns it once it has written a checkpoint."""
+    sizes = ["--num-envs", "2", "--num-steps", "8", "--num-minibatches", "1", "--update-epochs", "1"]
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *sizes, "--checkpoint-interval", "1"]
+    command += ["--total-timesteps", "100000000", "--seed", "2000000", *flags]
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE, "text": True}
+    before = [path.stat().st_mtime_ns for path in place.glob("runs/*/latest.pt")]
+    process = subprocess.Popen(command, cwd=place, start_new_session=True, **pipes)
+    while [path.stat().st_mtime_ns for path in place.glob("runs/*/latest.pt")] == before:
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.05)
+    return process
+
+
+def test_a_signal_to_all_processes_ends_a_run_with_a_checkpoint(script, tmp_path):
+    """As job schedulers and `timeout` send it: to the workers too."""
+    process = start(script, tmp_path, "--async-envs")
+    os.killpg(process.pid, signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 143 and "--resume runs/" in errors and "Traceback" not in errors
+
+
+def test_no_worker_outlives_a_killed_run(script, tmp_path):
+    process = start(script, tmp_path, "--async-envs")
+    children = workers(process.pid)
+    assert len(children) >= 2
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 20
+    while any(os.path.exists(f"/proc/{pid}") for pid in children) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not [pid for pid in children if os.path.exists(f"/proc/{pid}")]
+
+
+def kill_and_resume(script, place, kills):
+    rng, iteration = random.Random(1), 0
+    for kill in range(kills):
+        resume = ["--resume", str(next(place.glob("runs/*")))] if kill else []
+        process = start(script, place, *resume)
+        time.sleep(rng.uniform(0, 0.3))
+        process.kill()
+        process.communicate()
+        (folder,) = place.glob("runs/*")
+        checkpoint = script.load_checkpoint(folder)
+        assert checkpoint["iteration"] > iteration
+        iteration = checkpoint["iteration"]
+
+
+@pytest.mark.slow
+def test_twenty_kills_lose_nothing(script, tmp_path):
+    """At random instants, a third of them while a checkpoint is written."""
+    kill_and_resume(script, tmp_path, 20)
+
+
+def test_a_kill_loses_nothing(script, tmp_path):
+    kill_and_resume(script, tmp_path, 2)
+
+
+def test_memory_and_files_stay_flat(mlp_script, tmp_path, monkeypatch):
+    """From the hundredth iteration to the four hundredth."""
+    seen, honest = [], mlp_script.update
+
+    def update(*rest):
+        with open("/proc/self/statm") as file:
+            pages = int(file.read().split()[1])
+        seen.append((pages * os.sysconf("SC_PAGE_SIZE"), len(os.listdir("/proc/self/fd"))))
+        return honest(*rest)
+
+    monkeypatch.setattr(mlp_script, "update", update)
+    env_id = suitable(mlp_script, "Rounds")
+    args = tiny_args(mlp_script, tmp_path, env_id=env_id, total_timesteps=16 * 400, checkpoint_interval=100)
+    mlp_script.train(replace(args, update_epochs=1, num_minibatches=1))
+    memory, files = np.array(seen).T
+    assert memory[-1] - memory[100] < 2e6 and files[-1] == files[100]
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_no_arguments_are_both_accepted_and_unusable(script, data):
+    """Whatever numbers the flags get: one line that names a flag, or sizes that fit each other."""
+    anything = {int: st.integers(-3, 300), float: st.floats(), bool: st.booleans()}
+    changes = {field.name: data.draw(anything[field.type]) for field in fields(script.Args) if field.type in anything}
+    args = replace(
+        script.Args(), **{name: changes[name] for name in data.draw(st.sets(st.sampled_from(sorted(changes))))}
+    )
+    try:
+        script.check_args(args)
+    except script.InputError as error:
+        assert str(error).startswith("--") and "\n" not in str(error)
+        return
+    assert args.num_iterations >= 1 and args.minibatch_size * args.num_minibatches == args.batch_size
+    assert args.minibatch_size >= 1 and math.isfinite(args.learning_rate) and 0 <= args.gamma <= 1
