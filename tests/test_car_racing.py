@@ -120,14 +120,14 @@ def test_an_episode_that_ends_within_a_repeat_shows_its_last_frame(both):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
-    """A car that stands still: 100 frames of patience in training, the full 1000 in evaluation; never a termination."""
+    """A car that stands still: a termination after 100 frames in training; else 1000 frames and a truncation."""
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
     env.reset(seed=1)
-    steps, total, truncated = 0, 0.0, False
-    while not truncated:
-        _, reward, terminated, truncated, _ = env.step(np.float32([0, 0, 1]))
+    steps, total, terminated, truncated = 0, 0.0, False, False
+    while not (terminated or truncated):
+        _, reward, terminated, truncated, _ = env.step(np.float32([0, 0, 0.2]))
         steps, total = steps + 1, total + reward
-        assert not terminated
+    assert (terminated, truncated) == (training, not training)
     assert 25 <= steps <= 40 if training else steps == 250
     if not training:
         assert total < -80  # the environment's own reward, unscaled
@@ -167,9 +167,9 @@ def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path):
     args = tiny_args(ppo_carracing, tmp_path, patience=8, async_envs=False)
     envs = ppo_carracing.make_envs(args, 1, training=True)
     envs.reset(seed=1)
-    rewards, truncated = 0.0, [False]
-    while not truncated[0]:
-        _, reward, _, truncated, infos = envs.step(np.float32([[0, 0, 1]]))
+    rewards, terminated = 0.0, [False]
+    while not terminated[0]:
+        _, reward, terminated, _, infos = envs.step(np.float32([[0, 0, 0.2]]))
         rewards += reward[0]
     assert infos["episode"]["r"][0] != pytest.approx(rewards)
     assert infos["episode"]["l"][0] * -0.4 <= infos["episode"]["r"][0] < 20
