@@ -1,6 +1,5 @@
 """Learning is tested by learning: short seeded runs that must reach a return on unseen seeds."""
 
-import numpy as np
 import torch
 from conftest import ppo_carracing, ppo_cartpole, ppo_continuous_mlp
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -34,9 +33,6 @@ def test_lunar_lander_continuous(tmp_path):
 
 
 def test_car_racing(tmp_path):
-    """By the training returns: after so few steps the mean action still keeps a foot on the brake, samples drive."""
-    settings = {"total_timesteps": 32_768, "update_epochs": 8, "norm_reward": True, "reward_scale": 1.0}
-    settings |= {"anneal_lr": False, "anneal_clip": False, "eval_episodes": 1}
-    folder = ppo_carracing.train(ppo_carracing.Args(log_dir=tmp_path, cuda=False, **settings))
-    returns = [event.value for event in EventAccumulator(str(folder)).Reload().Scalars("charts/episodic_return")]
-    assert np.mean(returns[:5]) < 0 and np.mean(returns[-5:]) > 60
+    """The start of a default run, driven by the mean: a fifteenth of its steps, at the rates that they have there."""
+    changes = {"total_timesteps": 20_480, "anneal_lr": False, "anneal_clip": False, "eval_episodes": 10}
+    assert trained_return(ppo_carracing, tmp_path, **changes) >= 200
