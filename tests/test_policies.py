@@ -101,7 +101,7 @@ def test_normal_clips_for_the_environment_only():
 
 def test_beta_survives_the_edge_of_its_interval():
     agent, obs = make_agent("ppo_carracing"), some_obs("ppo_carracing")
-    agent.actor.bias.data[:3] = 1e8  # a peak so close to 1 that float32 can't tell the two apart
+    agent.actor.bias.data[:3] = 20.0  # alpha = e^20: a peak so close to 1 that float32 can't tell the two apart
     action, logprob, _, _ = agent.get_action_and_value(obs)
     assert action.max() == pytest.approx(1 - 1e-6, abs=1e-7) and logprob.isfinite().all()
     assert torch.cat(agent.concentrations(agent.features(obs))).min() >= 1  # one peak, whatever the head says
@@ -123,7 +123,7 @@ def test_share_backbone():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_initialisation(name):
-    """Orthogonal layers of gain sqrt(2), an almost uniform policy, no bias (Huang et al. 2022, detail 2)."""
+    """Orthogonal layers of gain sqrt(2), an almost constant policy, no bias (Huang et al. 2022, detail 2)."""
     torch.manual_seed(0)
     agent = SCRIPTS[name].Agent(*SPACES[name], SCRIPTS[name].Args())
     layers = [m for m in agent.modules() if isinstance(m, torch.nn.Linear | torch.nn.Conv2d)]
@@ -134,7 +134,8 @@ def test_initialisation(name):
         gain = gram.diagonal().mean()
         torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=0, atol=1e-5)
         assert any(gain.item() == pytest.approx(g) for g in (2.0, 1.0, 1e-4))
-        assert not layer.bias.any()
+        narrow = name == "ppo_carracing" and layer.bias.numel() == 6  # the Beta's concentrations start at 1 + e^1.5
+        assert (layer.bias == (1.5 if narrow else 0.0)).all()
     assert sum(p.numel() for p in agent.parameters() if p.requires_grad) > 0
 
 
