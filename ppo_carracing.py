@@ -45,7 +45,7 @@ import tyro
 from gymnasium.envs.box2d import car_racing
 from gymnasium.envs.box2d.car_racing import CarRacing
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
 from pygame import gfxdraw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -127,7 +127,7 @@ class Args:
     norm_reward: bool = False
     """divide rewards by the running standard deviation of the discounted return"""
     reward_scale: float = 0.02
-    """multiply rewards by this; with --norm-reward, a first guess at 1 / that deviation"""
+    """multiply rewards by this, before --norm-reward"""
 
     # Output
     exp_name: str = Path(__file__).stem
@@ -356,10 +356,10 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
-        envs = NormalizeReward(RecordEpisodeStatistics(envs), gamma=args.gamma)
-        # A prior worth 100 steps, for the first returns alone hardly vary; frozen, it divides by a constant.
-        envs.return_rms.count, envs.return_rms.var = 100.0, np.float64(args.reward_scale) ** -2
-        envs.update_running_mean = args.norm_reward
+        envs = TransformReward(RecordEpisodeStatistics(envs), partial(np.multiply, args.reward_scale))
+        if args.norm_reward:
+            envs = NormalizeReward(envs, gamma=args.gamma)
+            envs.return_rms.count = 100.0  # a prior of variance 1, worth 100 steps: the first returns hardly vary
     return envs
 
 
@@ -412,26 +412,27 @@ class Agent(nn.Module):
         """``[batch, 256]`` of ``obs [batch, frame_stack, 48, 48]``, uint8."""
         return self.trunk((obs.float() / 255).to(memory_format=torch.channels_last))
 
-    def concentrations(self, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Alpha and beta of each action dimension, both above 1. Their logarithms move, as a normal's log std does."""
-        return (1 + self.actor(features).exp()).chunk(2, dim=-1)
+    def policy(self, features: Tensor) -> torch.distributions.Beta:
+        """Alpha and beta of each action dimension are above 1. Their logarithms move, as a normal's log std does."""
+        return torch.distributions.Beta(*(1 + self.actor(features).exp()).chunk(2, dim=-1), validate_args=False)
 
     def get_value(self, obs: Tensor) -> Tensor:
         """V(obs) ``[batch]`` of ``obs [batch, *obs_shape]``."""
         return self.critic(self.features(obs)).squeeze(-1)
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Samples an action, or takes ``action`` as given. Returns (action, log-probability, entropy, value)."""
+    def sample(self, obs: Tensor) -> Tensor:
+        """Draws an action for each of ``obs``; not from the very ends, where log-densities explode."""
+        return self.policy(self.features(obs)).sample().clamp(1e-6, 1 - 1e-6)
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What training asks about ``actions`` at ``obs``: (log-probability, entropy, value), each ``[batch]``."""
         features = self.features(obs)
-        policy = torch.distributions.Beta(*self.concentrations(features), validate_args=False)
-        if action is None:
-            action = policy.sample().clamp(1e-6, 1 - 1e-6)  # near the ends log-densities explode
-        return action, policy.log_prob(action).sum(-1), policy.entropy().sum(-1), self.critic(features).squeeze(-1)
+        policy = self.policy(features)
+        return policy.log_prob(actions).sum(-1), policy.entropy().sum(-1), self.critic(features).squeeze(-1)
 
     def act(self, obs: Tensor) -> Tensor:
         """The action that evaluation plays: the mean. (The mode is 0 gas wherever alpha is near 1.)"""
-        alpha, beta = self.concentrations(self.features(obs))
-        return alpha / (alpha + beta)
+        return self.policy(self.features(obs)).mean
 
     def env_action(self, action: Tensor) -> np.ndarray:
         """What the environment takes for ``action``: the same place within the bounds of its action box."""
@@ -566,11 +567,8 @@ def collect(
     rewards, terminations, truncations = (np.zeros((num_steps, num_envs), np.float32) for _ in range(3))
     episodes, last_obs, last_steps, last_envs = [], [], [], []
     for step in range(num_steps):
-        current = rollout["obs"][step].copy_(torch.from_numpy(obs))
-        action, logprob, _, value = agent.get_action_and_value(current)
+        action = agent.sample(rollout["obs"][step].copy_(torch.from_numpy(obs)))
         rollout["actions"][step] = action
-        rollout["logprobs"][step] = logprob
-        rollout["values"][step] = value
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
         terminations[step], truncations[step] = terminated, truncated & ~terminated
         if "_episode" in infos:
@@ -580,6 +578,10 @@ def collect(
                 last_obs.append(infos["final_obs"][env])
                 last_steps.append(step)
                 last_envs.append(env)
+    # Nobody needs log-probabilities and values before now: one pass over the whole rollout costs less than many small.
+    logprobs, _, values = agent.evaluate_actions(rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1))
+    rollout["logprobs"].copy_(logprobs.view(num_steps, num_envs))
+    rollout["values"].copy_(values.view(num_steps, num_envs))
     rollout["rewards"].copy_(torch.from_numpy(rewards))
     rollout["terminations"].copy_(torch.from_numpy(terminations))
     rollout["dones"].copy_(torch.from_numpy(terminations + truncations))
@@ -601,23 +603,23 @@ def update(
     columns = {name: rollout[name] for name in ("obs", "actions", "logprobs", "values")}
     columns |= {"advantages": advantages, "returns": returns}
     batch = {name: column.flatten(0, 1) for name, column in columns.items()}
-    stats = []
+    parameters, stats = list(agent.parameters()), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(args.batch_size, device=returns.device)
         shuffled = {name: column[shuffle] for name, column in batch.items()}  # one gather; minibatches are views
-        for start in range(0, args.batch_size, args.minibatch_size):
-            mb = {name: column[start : start + args.minibatch_size] for name, column in shuffled.items()}
-            _, new_logprob, entropy, new_value = agent.get_action_and_value(mb["obs"], mb["actions"])
-            advantages = mb["advantages"]
-            if args.norm_adv and len(advantages) > 1:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if args.norm_adv and args.minibatch_size > 1:  # within each minibatch, all of them in one go
+            rows = shuffled["advantages"].view(-1, args.minibatch_size)
+            rows.sub_(rows.mean(1, keepdim=True)).div_(rows.std(1, keepdim=True) + 1e-8)
+        for views in zip(*(column.split(args.minibatch_size) for column in shuffled.values())):
+            mb = dict(zip(shuffled, views))
+            new_logprob, entropy, new_value = agent.evaluate_actions(mb["obs"], mb["actions"])
             loss, loss_stats = ppo_loss(
-                new_logprob, mb["logprobs"], advantages, entropy, new_value, mb["values"], mb["returns"],
+                new_logprob, mb["logprobs"], mb["advantages"], entropy, new_value, mb["values"], mb["returns"],
                 clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
             )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             stats.append(loss_stats | {"grad_norm": grad_norm})
         if args.target_kl is not None and stats[-1]["approx_kl"] > args.target_kl:
@@ -770,7 +772,8 @@ def train(args: Args) -> Path:
         else:
             folder = args.resume if args.resume.is_dir() else args.resume.parent
             optimizer.load_state_dict(checkpoint["optimizer"])
-            vars(envs.return_rms).update(checkpoint["return_rms"])
+            if args.norm_reward:
+                vars(envs.return_rms).update(checkpoint["return_rms"])
             first_iteration, best_return = checkpoint["iteration"], checkpoint["best_return"]
             recent_returns.extend(checkpoint["recent_returns"])
             if device.type in checkpoint["rng_state"]:
@@ -830,7 +833,7 @@ def train(args: Args) -> Path:
                     "args": {name: value for name, value in asdict(args).items() if name not in CALL},
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "return_rms": {name: float(value) for name, value in vars(envs.return_rms).items()},
+                    "return_rms": {k: float(v) for k, v in vars(envs.return_rms).items()} if args.norm_reward else None,
                     "rng_state": {device.type: rng.get_rng_state()},
                     "iteration": iteration,
                     "global_step": global_step,

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics
+from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -112,7 +112,7 @@ class Args:
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
     reward_scale: float = 1.0
-    """multiply rewards by this; with --norm-reward, a first guess at 1 / that deviation"""
+    """multiply rewards by this, before --norm-reward"""
     share_backbone: bool = False
     """one trunk under actor and critic instead of two"""
 
@@ -200,10 +200,10 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
-        envs = NormalizeReward(RecordEpisodeStatistics(envs), gamma=args.gamma)
-        # A prior worth 100 steps, for the first returns alone hardly vary; frozen, it divides by a constant.
-        envs.return_rms.count, envs.return_rms.var = 100.0, np.float64(args.reward_scale) ** -2
-        envs.update_running_mean = args.norm_reward
+        envs = TransformReward(RecordEpisodeStatistics(envs), partial(np.multiply, args.reward_scale))
+        if args.norm_reward:
+            envs = NormalizeReward(envs, gamma=args.gamma)
+            envs.return_rms.count = 100.0  # a prior of variance 1, worth 100 steps: the first returns hardly vary
     return envs
 
 
@@ -233,9 +233,10 @@ class RunningNorm(nn.Module):
         self.register_buffer("mean", torch.zeros(shape))
         self.register_buffer("var", torch.ones(shape))
         self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("scale", torch.ones(shape))  # 1 / std, ready for every step
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x.float() - self.mean) * torch.rsqrt(self.var + 1e-8)).clamp(-10, 10)
+        return ((x.float() - self.mean) * self.scale).clamp(-10, 10)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
@@ -246,6 +247,7 @@ class RunningNorm(nn.Module):
         self.var.copy_((spread + delta**2 * self.count * len(x) / total) / total)
         self.mean += delta * len(x) / total
         self.count.copy_(total)
+        self.scale.copy_(torch.rsqrt(self.var + 1e-8))
 
 
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
@@ -280,17 +282,19 @@ class Agent(nn.Module):
         """V(obs) ``[batch]`` of ``obs [batch, *obs_shape]``."""
         return self.critic(self.critic_trunk(self.obs_norm(obs))).squeeze(-1)
 
-    def get_action_and_value(self, obs: Tensor, action: Tensor | None = None) -> tuple[Tensor, ...]:
-        """Samples an action, or takes ``action`` as given. Returns (action, log-probability, entropy, value)."""
+    def sample(self, obs: Tensor) -> Tensor:
+        """Draws an action for each of ``obs``: with e ~ Exp(1), argmax(log p - log e) is k with probability p_k."""
+        logits = self.actor(self.actor_trunk(self.obs_norm(obs)))
+        return (logits - torch.empty_like(logits).exponential_().log_()).argmax(-1)
+
+    def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What training asks about ``actions`` at ``obs``: (log-probability, entropy, value), each ``[batch]``."""
         obs = self.obs_norm(obs)
         hidden = self.actor_trunk(obs)
         value_hidden = hidden if self.critic_trunk is self.actor_trunk else self.critic_trunk(obs)
         logprobs = self.actor(hidden).log_softmax(-1)
-        probs = logprobs.exp()
-        if action is None:  # an exponential race is won with probability p: torch.multinomial without its checks
-            action = (probs / torch.empty_like(probs).exponential_()).argmax(-1)
-        logprob = logprobs.gather(-1, action.unsqueeze(-1)).squeeze(-1)
-        return action, logprob, -(probs * logprobs).sum(-1), self.critic(value_hidden).squeeze(-1)
+        logprob = logprobs.gather(-1, actions.unsqueeze(-1)).squeeze(-1)
+        return logprob, -(logprobs.exp() * logprobs).sum(-1), self.critic(value_hidden).squeeze(-1)
 
     def act(self, obs: Tensor) -> Tensor:
         """The action that evaluation plays: the most probable one."""
@@ -429,11 +433,8 @@ def collect(
     rewards, terminations, truncations = (np.zeros((num_steps, num_envs), np.float32) for _ in range(3))
     episodes, last_obs, last_steps, last_envs = [], [], [], []
     for step in range(num_steps):
-        current = rollout["obs"][step].copy_(torch.from_numpy(obs))
-        action, logprob, _, value = agent.get_action_and_value(current)
+        action = agent.sample(rollout["obs"][step].copy_(torch.from_numpy(obs)))
         rollout["actions"][step] = action
-        rollout["logprobs"][step] = logprob
-        rollout["values"][step] = value
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
         terminations[step], truncations[step] = terminated, truncated & ~terminated
         if "_episode" in infos:
@@ -443,6 +444,10 @@ def collect(
                 last_obs.append(infos["final_obs"][env])
                 last_steps.append(step)
                 last_envs.append(env)
+    # Nobody needs log-probabilities and values before now: one pass over the whole rollout costs less than many small.
+    logprobs, _, values = agent.evaluate_actions(rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1))
+    rollout["logprobs"].copy_(logprobs.view(num_steps, num_envs))
+    rollout["values"].copy_(values.view(num_steps, num_envs))
     rollout["rewards"].copy_(torch.from_numpy(rewards))
     rollout["terminations"].copy_(torch.from_numpy(terminations))
     rollout["dones"].copy_(torch.from_numpy(terminations + truncations))
@@ -464,23 +469,23 @@ def update(
     columns = {name: rollout[name] for name in ("obs", "actions", "logprobs", "values")}
     columns |= {"advantages": advantages, "returns": returns}
     batch = {name: column.flatten(0, 1) for name, column in columns.items()}
-    stats = []
+    parameters, stats = list(agent.parameters()), []
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(args.batch_size, device=returns.device)
         shuffled = {name: column[shuffle] for name, column in batch.items()}  # one gather; minibatches are views
-        for start in range(0, args.batch_size, args.minibatch_size):
-            mb = {name: column[start : start + args.minibatch_size] for name, column in shuffled.items()}
-            _, new_logprob, entropy, new_value = agent.get_action_and_value(mb["obs"], mb["actions"])
-            advantages = mb["advantages"]
-            if args.norm_adv and len(advantages) > 1:
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
+        if args.norm_adv and args.minibatch_size > 1:  # within each minibatch, all of them in one go
+            rows = shuffled["advantages"].view(-1, args.minibatch_size)
+            rows.sub_(rows.mean(1, keepdim=True)).div_(rows.std(1, keepdim=True) + 1e-8)
+        for views in zip(*(column.split(args.minibatch_size) for column in shuffled.values())):
+            mb = dict(zip(shuffled, views))
+            new_logprob, entropy, new_value = agent.evaluate_actions(mb["obs"], mb["actions"])
             loss, loss_stats = ppo_loss(
-                new_logprob, mb["logprobs"], advantages, entropy, new_value, mb["values"], mb["returns"],
+                new_logprob, mb["logprobs"], mb["advantages"], entropy, new_value, mb["values"], mb["returns"],
                 clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
             )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             stats.append(loss_stats | {"grad_norm": grad_norm})
         if args.target_kl is not None and stats[-1]["approx_kl"] > args.target_kl:
@@ -630,7 +635,8 @@ def train(args: Args) -> Path:
         else:
             folder = args.resume if args.resume.is_dir() else args.resume.parent
             optimizer.load_state_dict(checkpoint["optimizer"])
-            vars(envs.return_rms).update(checkpoint["return_rms"])
+            if args.norm_reward:
+                vars(envs.return_rms).update(checkpoint["return_rms"])
             first_iteration, best_return = checkpoint["iteration"], checkpoint["best_return"]
             recent_returns.extend(checkpoint["recent_returns"])
             if device.type in checkpoint["rng_state"]:
@@ -690,7 +696,7 @@ def train(args: Args) -> Path:
                     "args": {name: value for name, value in asdict(args).items() if name not in CALL},
                     "agent": agent.state_dict(),
                     "optimizer": optimizer.state_dict(),
-                    "return_rms": {name: float(value) for name, value in vars(envs.return_rms).items()},
+                    "return_rms": {k: float(v) for k, v in vars(envs.return_rms).items()} if args.norm_reward else None,
                     "rng_state": {device.type: rng.get_rng_state()},
                     "iteration": iteration,
                     "global_step": global_step,

@@ -11,14 +11,14 @@ class Teller(torch.nn.Module):
 
     def __init__(self, agent):
         super().__init__()
-        self.agent, self.env_action = agent, agent.env_action
+        self.agent, self.sample, self.env_action = agent, agent.sample, agent.env_action
 
     def get_value(self, obs):
         return obs @ torch.tensor([1.0, 10.0, 100.0])
 
-    def get_action_and_value(self, obs):
-        action, logprob, entropy, _ = self.agent.get_action_and_value(obs)
-        return action, logprob, entropy, self.get_value(obs)
+    def evaluate_actions(self, obs, actions):
+        logprob, entropy, _ = self.agent.evaluate_actions(obs, actions)
+        return logprob, entropy, self.get_value(obs)
 
 
 def prepared(script, tmp_path, env, **changes):

@@ -36,7 +36,8 @@ def distribution(name, agent, obs):
     if name == "ppo_cartpole":
         return torch.distributions.Categorical(logits=agent.actor(agent.actor_trunk(agent.obs_norm(obs))))
     if name == "ppo_carracing":
-        policy = torch.distributions.Beta(*agent.concentrations(agent.features(obs)))
+        policy = agent.policy(agent.features(obs))
+        policy = torch.distributions.Beta(policy.concentration1, policy.concentration0)
     else:
         policy = torch.distributions.Normal(agent.actor_mean(agent.obs_norm(obs)), agent.actor_logstd.exp())
     return torch.distributions.Independent(policy, 1)
@@ -45,7 +46,8 @@ def distribution(name, agent, obs):
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_logprob_and_entropy(name):
     agent, obs = make_agent(name), some_obs(name)
-    action, logprob, entropy, value = agent.get_action_and_value(obs)
+    action = agent.sample(obs)
+    logprob, entropy, value = agent.evaluate_actions(obs, action)
     policy = distribution(name, agent, obs)
     torch.testing.assert_close(logprob, policy.log_prob(action), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(entropy, policy.entropy(), rtol=1e-4, atol=1e-5)
@@ -54,20 +56,12 @@ def test_logprob_and_entropy(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
-def test_given_action_gives_the_same_logprob(name):
-    agent, obs = make_agent(name), some_obs(name)
-    action, logprob, _, _ = agent.get_action_and_value(obs)
-    same, again, _, _ = agent.get_action_and_value(obs, action)
-    assert torch.equal(same, action) and torch.equal(again, logprob)
-
-
-@pytest.mark.parametrize("name", SCRIPTS)
 def test_samples_follow_the_distribution(name):
     """Mean and variance of many samples at one observation, within 5 standard errors."""
     agent, n = make_agent(name), 4000
     obs = some_obs(name, 1).expand(n, *SPACES[name][0].shape)
     with torch.no_grad():
-        action = agent.get_action_and_value(obs)[0].float()
+        action = agent.sample(obs).float()
         policy = distribution(name, agent, obs[:1])
     if name == "ppo_cartpole":
         frequency = torch.stack([(action == k).float().mean() for k in range(3)])
@@ -86,13 +80,14 @@ def test_evaluation_plays_without_noise_and_within_the_space(name):
     policy = distribution(name, agent, obs)
     expected = policy.probs.argmax(-1) if name == "ppo_cartpole" else policy.mean
     torch.testing.assert_close(action, expected)
-    for sampled in (action, agent.get_action_and_value(obs)[0]):
+    for sampled in (action, agent.sample(obs)):
         assert all(SPACES[name][1].contains(a) for a in agent.env_action(sampled.detach()))
 
 
 def test_normal_clips_for_the_environment_only():
     agent, obs = make_agent("ppo_continuous_mlp"), some_obs("ppo_continuous_mlp")
-    action, logprob, _, _ = agent.get_action_and_value(obs)
+    action = agent.sample(obs)
+    logprob = agent.evaluate_actions(obs, action)[0]
     outside = (action.abs() > 0.5).any(-1)
     assert outside.any()
     expected = distribution("ppo_continuous_mlp", agent, obs).log_prob(action)
@@ -102,9 +97,11 @@ def test_normal_clips_for_the_environment_only():
 def test_beta_survives_the_edge_of_its_interval():
     agent, obs = make_agent("ppo_carracing"), some_obs("ppo_carracing")
     agent.actor.bias.data[:3] = 20.0  # alpha = e^20: a peak so close to 1 that float32 can't tell the two apart
-    action, logprob, _, _ = agent.get_action_and_value(obs)
+    action = agent.sample(obs)
+    logprob = agent.evaluate_actions(obs, action)[0]
     assert action.max() == pytest.approx(1 - 1e-6, abs=1e-7) and logprob.isfinite().all()
-    assert torch.cat(agent.concentrations(agent.features(obs))).min() >= 1  # one peak, whatever the head says
+    policy = agent.policy(agent.features(obs))
+    assert min(policy.concentration1.min(), policy.concentration0.min()) >= 1  # one peak, whatever the head says
 
 
 def test_discrete_actions_may_start_anywhere():
