@@ -45,7 +45,7 @@ import tyro
 from gymnasium.envs.box2d import car_racing
 from gymnasium.envs.box2d.car_racing import CarRacing
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
+from gymnasium.wrappers.vector import NormalizeReward, TransformReward
 from pygame import gfxdraw
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -329,6 +329,12 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
     env = ActionRepeat(env, args.action_repeat, args.patience if training else None)
+    if training:
+        # Discounted, a tenth more speed is worth a tenth more return and a lost track costs seconds of it; in the
+        # score, speed is worth little and a lost track half a lap. So a wheel on the grass costs a point, after the
+        # returns are recorded: none that is reported contains it.
+        env, racing = gym.wrappers.RecordEpisodeStatistics(env), env.unwrapped
+        env = gym.wrappers.TransformReward(env, lambda r: r - sum(not wheel.tiles for wheel in racing.car.wheels))
     # A fifth of the brake is enough. No sample of a Beta is 0, so the brake is always touched; over its whole range,
     # that keeps a beginner from moving at all, and makes him slow later.
     pedals = gym.spaces.Box(env.action_space.low, env.action_space.high * np.float32([1, 1, 0.2]))
@@ -342,8 +348,8 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
     """Builds ``num_envs`` environments behind one interface.
 
     For training, an episode's end and the next one's start share a step (SAME_STEP: its true last observation is in
-    ``infos["final_obs"]``), returns are recorded raw, and rewards come out scaled. For evaluation nothing resets by
-    itself, so that each episode can get its own seed. Raises InputError.
+    ``infos["final_obs"]``) and rewards come out scaled. For evaluation nothing resets by itself, so that each episode
+    can get its own seed. Raises InputError.
     """
     vectorize = AsyncVectorEnv if args.async_envs else SyncVectorEnv
     videos = [video_folder] + [None] * (num_envs - 1)  # only the first environment is filmed
@@ -356,7 +362,7 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
-        envs = TransformReward(RecordEpisodeStatistics(envs), partial(np.multiply, args.reward_scale))
+        envs = TransformReward(envs, partial(np.multiply, args.reward_scale))
         if args.norm_reward:
             envs = NormalizeReward(envs, gamma=args.gamma)
             envs.return_rms.count = 100.0  # a prior of variance 1, worth 100 steps: the first returns hardly vary
@@ -571,9 +577,9 @@ def collect(
         rollout["actions"][step] = action
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
         terminations[step], truncations[step] = terminated, truncated & ~terminated
-        if "_episode" in infos:
-            ended = np.flatnonzero(infos["_episode"])
-            episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+        if "final_info" in infos:
+            ended, episode = infos["_final_info"], infos["final_info"]["episode"]
+            episodes += zip(episode["r"][ended].tolist(), episode["l"][ended].tolist())
             for env in np.flatnonzero(truncations[step]):
                 last_obs.append(infos["final_obs"][env])
                 last_steps.append(step)

@@ -39,7 +39,7 @@ import numpy as np
 import torch
 import tyro
 from gymnasium.vector import AsyncVectorEnv, AutoresetMode, SyncVectorEnv
-from gymnasium.wrappers.vector import NormalizeReward, RecordEpisodeStatistics, TransformReward
+from gymnasium.wrappers.vector import NormalizeReward, TransformReward
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -170,22 +170,23 @@ def check_args(args: Args) -> None:
 
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
-    """Builds one environment; training and evaluation get the same. Raises gymnasium.error.Error if there is none."""
+    """Builds one environment, which in training records returns. Raises gymnasium.error.Error if there is none."""
     if multiprocessing.parent_process() is not None:  # a worker: signals are for the process that trains
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    if video_folder is None:
-        return gym.make(args.env_id, render_mode="human" if args.render else None)
-    env = gym.make(args.env_id, render_mode="rgb_array")
-    return gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
+    render_mode = "rgb_array" if video_folder is not None else "human" if args.render else None
+    env = gym.make(args.env_id, render_mode=render_mode)
+    if video_folder is not None:
+        env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda episode: episode == 0)
+    return gym.wrappers.RecordEpisodeStatistics(env) if training else env
 
 
 def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | None = None) -> gym.vector.VectorEnv:
     """Builds ``num_envs`` environments behind one interface.
 
     For training, an episode's end and the next one's start share a step (SAME_STEP: its true last observation is in
-    ``infos["final_obs"]``), returns are recorded raw, and rewards come out scaled. For evaluation nothing resets by
-    itself, so that each episode can get its own seed. Raises InputError.
+    ``infos["final_obs"]``) and rewards come out scaled. For evaluation nothing resets by itself, so that each episode
+    can get its own seed. Raises InputError.
     """
     vectorize = AsyncVectorEnv if args.async_envs else SyncVectorEnv
     videos = [video_folder] + [None] * (num_envs - 1)  # only the first environment is filmed
@@ -198,7 +199,7 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
     except gym.error.Error as error:
         raise InputError(f"--env-id {args.env_id}: {error}") from error
     if training:
-        envs = TransformReward(RecordEpisodeStatistics(envs), partial(np.multiply, args.reward_scale))
+        envs = TransformReward(envs, partial(np.multiply, args.reward_scale))
         if args.norm_reward:
             envs = NormalizeReward(envs, gamma=args.gamma)
             envs.return_rms.count = 100.0  # a prior of variance 1, worth 100 steps: the first returns hardly vary
@@ -437,9 +438,9 @@ def collect(
         rollout["actions"][step] = action
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
         terminations[step], truncations[step] = terminated, truncated & ~terminated
-        if "_episode" in infos:
-            ended = np.flatnonzero(infos["_episode"])
-            episodes += zip(infos["episode"]["r"][ended].tolist(), infos["episode"]["l"][ended].tolist())
+        if "final_info" in infos:
+            ended, episode = infos["_final_info"], infos["final_info"]["episode"]
+            episodes += zip(episode["r"][ended].tolist(), episode["l"][ended].tolist())
             for env in np.flatnonzero(truncations[step]):
                 last_obs.append(infos["final_obs"][env])
                 last_steps.append(step)
