@@ -164,15 +164,23 @@ def test_observations_are_stacked_grey_uint8(tmp_path):
 
 
 def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path):
-    args = tiny_args(ppo_carracing, tmp_path, patience=8, async_envs=False)
+    """Each wheel on the grass costs a point, then rewards are scaled. The reported return knows neither."""
+    args = tiny_args(ppo_carracing, tmp_path, async_envs=False, reward_scale=0.5)
     envs = ppo_carracing.make_envs(args, 1, training=True)
+    plain = ppo_carracing.make_env(args, training=False)
     envs.reset(seed=1)
-    rewards, terminated = 0.0, [False]
+    plain.reset(seed=1)
+    total, terminated, on_grass = 0.0, [False], []
     while not terminated[0]:
-        _, reward, terminated, _, infos = envs.step(np.float32([[0, 0, 0.2]]))
-        rewards += reward[0]
-    assert infos["episode"]["r"][0] != pytest.approx(rewards)
-    assert infos["episode"]["l"][0] * -0.4 <= infos["episode"]["r"][0] < 20
+        action = np.float32([0.3, 0.5, 0.0])
+        raw = plain.step(action)[1]
+        total += raw
+        on_grass.append(sum(not wheel.tiles for wheel in plain.unwrapped.car.wheels))
+        _, rewards, terminated, _, infos = envs.step(action[None])
+        assert rewards[0] == pytest.approx(0.5 * (raw - on_grass[-1]))
+    assert set(on_grass) >= {0, 4}
+    assert infos["final_info"]["episode"]["r"][0] == pytest.approx(total)
+    assert infos["final_info"]["episode"]["l"][0] == len(on_grass)
     envs.close()
 
 
