@@ -92,7 +92,7 @@ class Args:
     """a training episode is over after this many frames without a new tile (an evaluation's never is)"""
 
     # PPO
-    total_timesteps: int = 300_000
+    total_timesteps: int = 250_000
     """environment steps in all"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
@@ -118,11 +118,11 @@ class Args:
     """also clip how far a value may move in one update"""
     ent_coef: float = 0.0
     """weight of the entropy bonus"""
-    vf_coef: float = 0.5
+    vf_coef: float = 0.1
     """weight of the value loss"""
     max_grad_norm: float = 0.5
     """gradients are scaled down to this norm"""
-    target_kl: float | None = None
+    target_kl: float | None = 0.015
     """end an update after the epoch whose approx_kl exceeds this"""
     norm_reward: bool = False
     """divide rewards by the running standard deviation of the discounted return"""
@@ -410,7 +410,7 @@ class Agent(nn.Module):
         self.trunk.to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(256, 2 * action_space.shape[0]), std=0.01)
         # Little noise from the start: who learned under much of it drives otherwise without, faster into every bend.
-        nn.init.constant_(self.actor.bias, 1.5)
+        nn.init.constant_(self.actor.bias, 2.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low
 
