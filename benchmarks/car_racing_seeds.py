@@ -3,8 +3,8 @@
     python benchmarks/car_racing_seeds.py --seeds 1 2 3
 
 While a run trains, its weights are set aside every minute. "Minutes to 900" is the age of the first ones that drive
-the first 30 unseen tracks at a mean of 900 or more, among those whose training returns have reached a mean of 700. A run
-that was finished once is kept and not trained again.
+the first 30 unseen tracks at a mean of 900 or more, among those whose training returns have reached a mean of 700. A
+run that was finished once is kept and not trained again.
 """
 
 import shutil
