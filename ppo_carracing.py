@@ -92,9 +92,9 @@ class Args:
     """a training episode is over after this many frames without a new tile (an evaluation's never is)"""
 
     # PPO
-    total_timesteps: int = 250_000
+    total_timesteps: int = 200_000
     """environment steps in all"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 2e-4
     """Adam's step size at the start"""
     num_steps: int = 128
     """steps per environment and rollout"""
@@ -148,6 +148,15 @@ class Args:
     @property
     def num_iterations(self) -> int:
         return self.total_timesteps // self.batch_size
+
+
+# What other environments want; but there is only this one.
+PRESETS: dict[str, dict] = {}
+
+
+def preset(env_id: str) -> Args:
+    """The settings for ``env_id``: the defaults, but for what PRESETS says."""
+    return Args(env_id=env_id, **PRESETS.get(env_id, {}))
 
 
 class InputError(ValueError):
@@ -671,7 +680,7 @@ CALL = (
 
 def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args:
     """Takes a checkpoint's settings over. Raises InputError where a flag, but for those in ``free``, contradicts."""
-    defaults, saved = asdict(Args()), checkpoint["args"]
+    defaults, saved = asdict(preset(args.env_id)) | {"env_id": Args().env_id}, checkpoint["args"]
     given = {name for name, value in asdict(args).items() if value != defaults[name]}
     for name in sorted(given & saved.keys() - set(free)):
         if getattr(args, name) != saved[name]:
@@ -905,7 +914,8 @@ def evaluate(
 
 def main() -> None:
     """Reads the flags, then trains or evaluates; input that is refused ends in one line and exit status 2."""
-    args = tyro.cli(Args, description=__doc__)
+    env_id = tyro.cli(Args, description=__doc__).env_id
+    args = tyro.cli(Args, description=__doc__, default=preset(env_id))
     try:
         if args.evaluate is None:
             train(args)

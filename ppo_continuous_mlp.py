@@ -135,6 +135,20 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
+# What other environments want; a flag on the command line wins.
+PRESETS = {
+    "Pendulum-v1": {
+        "total_timesteps": 200_000, "num_envs": 8, "num_steps": 256, "learning_rate": 1e-3, "gamma": 0.95,
+        "gae_lambda": 0.95,
+    },
+}  # fmt: skip
+
+
+def preset(env_id: str) -> Args:
+    """The settings for ``env_id``: the defaults, but for what PRESETS says."""
+    return Args(env_id=env_id, **PRESETS.get(env_id, {}))
+
+
 class InputError(ValueError):
     """A flag, environment or checkpoint that can't be used; the message says why and what to do."""
 
@@ -529,7 +543,7 @@ CALL = ("cuda", "num_threads", "resume", "evaluate", "eval_episodes", "eval_seed
 
 def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args:
     """Takes a checkpoint's settings over. Raises InputError where a flag, but for those in ``free``, contradicts."""
-    defaults, saved = asdict(Args()), checkpoint["args"]
+    defaults, saved = asdict(preset(args.env_id)) | {"env_id": Args().env_id}, checkpoint["args"]
     given = {name for name, value in asdict(args).items() if value != defaults[name]}
     for name in sorted(given & saved.keys() - set(free)):
         if getattr(args, name) != saved[name]:
@@ -763,7 +777,8 @@ def evaluate(
 
 def main() -> None:
     """Reads the flags, then trains or evaluates; input that is refused ends in one line and exit status 2."""
-    args = tyro.cli(Args, description=__doc__)
+    env_id = tyro.cli(Args, description=__doc__).env_id
+    args = tyro.cli(Args, description=__doc__, default=preset(env_id))
     try:
         if args.evaluate is None:
             train(args)

@@ -11,7 +11,7 @@ import pytest
 from conftest import ROOT, SCRIPTS
 
 # What differs by nature; everything else that has a name in more than one script has one text.
-OWN = {"Args", "make_env", "Agent", "CALL"}
+OWN = {"Args", "PRESETS", "make_env", "Agent", "CALL"}
 
 
 def definitions(name):

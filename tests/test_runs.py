@@ -1,5 +1,6 @@
 """Whole runs of a second or two: checkpoints, evaluation, resuming, TensorBoard, flags, randomness."""
 
+import dataclasses
 import os
 import re
 import signal
@@ -231,6 +232,30 @@ def test_the_wrong_environment_is_refused_with_the_right_script(mlp_script, tmp_
     with pytest.raises(mlp_script.InputError, match="ppo_c"):
         mlp_script.train(tiny_args(mlp_script, tmp_path, env_id=other))
     assert not list(tmp_path.iterdir())
+
+
+def test_env_id_picks_its_preset_and_flags_win(mlp_script, monkeypatch):
+    """Also a flag that says what the default says."""
+    env_id = next(iter(mlp_script.PRESETS))
+    steps = mlp_script.Args().total_timesteps
+    seen = []
+    monkeypatch.setattr(mlp_script, "train", seen.append)
+    for flags in ([], ["--total-timesteps", str(steps)]):
+        monkeypatch.setattr(sys, "argv", ["x", "--env-id", env_id, *flags])
+        mlp_script.main()
+    settings = dataclasses.asdict(mlp_script.Args()) | mlp_script.PRESETS[env_id] | {"env_id": env_id}
+    assert dataclasses.asdict(seen[0]) == settings != dataclasses.asdict(mlp_script.Args())
+    assert dataclasses.asdict(seen[1]) == settings | {"total_timesteps": steps}
+    assert settings["total_timesteps"] != steps
+
+
+def test_a_preset_is_no_contradiction_but_its_environment_is(mlp_script, tmp_path):
+    checkpoint = mlp_script.load_checkpoint(mlp_script.train(tiny_args(mlp_script, tmp_path)))
+    other = mlp_script.preset(next(iter(mlp_script.PRESETS)))
+    with pytest.raises(mlp_script.InputError, match="--env-id"):
+        mlp_script.adopt_args(other, checkpoint)
+    saved = {"args": {**checkpoint["args"], "env_id": other.env_id}}
+    assert mlp_script.adopt_args(other, saved).total_timesteps == checkpoint["args"]["total_timesteps"]
 
 
 def test_a_flag_that_contradicts_the_checkpoint_is_refused(script, run, capsys):
