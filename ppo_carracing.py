@@ -41,6 +41,7 @@ import gymnasium as gym
 import numpy as np
 import pygame
 import torch
+import torch.distributed as dist
 import tyro
 from gymnasium.envs.box2d import car_racing
 from gymnasium.envs.box2d.car_racing import CarRacing
@@ -183,8 +184,10 @@ def check_args(args: Args) -> None:
     for name in ("gamma", "gae_lambda"):
         require(0 <= getattr(args, name) <= 1, name, "between 0 and 1")
     require(args.target_kl is None or args.target_kl > 0, "target_kl", "above 0")
-    batch = f"num_envs * num_steps = {args.batch_size}"
-    require(args.batch_size % args.num_minibatches == 0, "num_minibatches", f"a divisor of {batch}")
+    ranks = int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    require(args.num_envs % ranks == 0, "num_envs", f"a multiple of the {ranks} processes")
+    batch = f"num_envs * num_steps = {args.batch_size // ranks}{' of a process' if ranks > 1 else ''}"
+    require(args.batch_size // ranks % args.num_minibatches == 0, "num_minibatches", f"a divisor of {batch}")
     require(args.total_timesteps >= args.batch_size, "total_timesteps", f"at least one rollout, {batch}")
     training_seeds = range(args.seed, args.seed + args.num_envs * args.num_iterations)  # resumed, it takes new ones
     unseen = args.eval_seed + args.eval_episodes <= args.seed or args.eval_seed not in training_seeds
@@ -392,6 +395,32 @@ def opened(envs: gym.vector.VectorEnv):
         envs.close()
 
 
+def num_ranks() -> int:
+    """How many processes train together: what torchrun started, or 1."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def averaged(*tensors: Tensor) -> list[Tensor]:
+    """Each tensor's mean over the ranks, by one message; alone, the tensors themselves."""
+    if num_ranks() == 1:
+        return list(tensors)
+    message = torch.cat([tensor.flatten() for tensor in tensors])
+    try:
+        dist.all_reduce(message)
+    except RuntimeError as error:
+        raise RunError(f"rank {dist.get_rank()} has lost another one, whose own message says why") from error
+    means = (message / num_ranks()).split([tensor.numel() for tensor in tensors])
+    return [mean.view_as(tensor) for mean, tensor in zip(means, tensors)]
+
+
+def gathered(item) -> list:
+    """What each rank has for ``item``, any object that can be pickled; alone, ``item`` itself."""
+    items = [item] * num_ranks()
+    if num_ranks() > 1:
+        dist.all_gather_object(items, item)
+    return items
+
+
 def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
     """Orthogonal weights of gain ``std``, no bias (Huang et al. 2022, detail 2)."""
     nn.init.orthogonal_(layer.weight, std)
@@ -559,7 +588,7 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
     pixels, discrete = obs_space.dtype == np.uint8, np.issubdtype(action_space.dtype, np.integer)
 
     def zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.zeros(args.num_steps, args.num_envs, *shape, dtype=dtype, device=device)
+        return torch.zeros(args.num_steps, envs.num_envs, *shape, dtype=dtype, device=device)
 
     return {
         "obs": zeros(*obs_space.shape, dtype=torch.uint8 if pixels else torch.float32),
@@ -619,13 +648,16 @@ def update(
     columns |= {"advantages": advantages, "returns": returns}
     batch = {name: column.flatten(0, 1) for name, column in columns.items()}
     parameters, stats = list(agent.parameters()), []
+    minibatch_size = returns.numel() // args.num_minibatches  # of this rank; all ranks' together make a minibatch
     for _ in range(args.update_epochs):
-        shuffle = torch.randperm(args.batch_size, device=returns.device)
+        shuffle = torch.randperm(returns.numel(), device=returns.device)
         shuffled = {name: column[shuffle] for name, column in batch.items()}  # one gather; minibatches are views
         if args.norm_adv and args.minibatch_size > 1:  # within each minibatch, all of them in one go
-            rows = shuffled["advantages"].view(-1, args.minibatch_size)
-            rows.sub_(rows.mean(1, keepdim=True)).div_(rows.std(1, keepdim=True) + 1e-8)
-        for views in zip(*(column.split(args.minibatch_size) for column in shuffled.values())):
+            rows = shuffled["advantages"].view(-1, minibatch_size)
+            rows -= averaged(rows.mean(1, keepdim=True))[0]
+            variance = averaged((rows**2).mean(1, keepdim=True))[0] * args.minibatch_size / (args.minibatch_size - 1)
+            rows /= variance.sqrt() + 1e-8
+        for views in zip(*(column.split(minibatch_size) for column in shuffled.values())):
             mb = dict(zip(shuffled, views))
             new_logprob, entropy, new_value = agent.evaluate_actions(mb["obs"], mb["actions"])
             loss, loss_stats = ppo_loss(
@@ -634,14 +666,17 @@ def update(
             )  # fmt: skip
             optimizer.zero_grad()
             loss.backward()
+            if num_ranks() > 1:
+                for parameter, grad in zip(parameters, averaged(*(parameter.grad for parameter in parameters))):
+                    parameter.grad = grad
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             stats.append(loss_stats | {"grad_norm": grad_norm})
-        if args.target_kl is not None and stats[-1]["approx_kl"] > args.target_kl:
+        if args.target_kl is not None and averaged(stats[-1]["approx_kl"])[0] > args.target_kl:
             break
-    means = {name: torch.stack([minibatch[name] for minibatch in stats]).mean().item() for name in stats[0]}
-    unexplained = (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    return means | {"explained_variance": 1 - unexplained.item()}
+    means = {name: torch.stack([minibatch[name] for minibatch in stats]).mean() for name in stats[0]}
+    means["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    return dict(zip(means, torch.stack(averaged(*means.values())).tolist()))
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -704,7 +739,17 @@ def pick_device(args: Args) -> torch.device:
     """The GPU if ``args.cuda`` and there is one, else the CPU, with a warning where a GPU was asked for."""
     if args.cuda and not torch.cuda.is_available():
         print("warning: --cuda, but torch finds no GPU: going on with the CPU", file=sys.stderr)
-    return torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device(f"cuda:{local_rank}" if args.cuda and torch.cuda.is_available() else "cpu")
+
+
+def join_ranks(device: torch.device) -> int:
+    """Joins the other processes where torchrun started several. Returns this one's rank, 0 to num_ranks() - 1."""
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
 def open_writer(args: Args, folder: Path, global_step: int):
@@ -762,17 +807,19 @@ def caught_signals():
 def train(args: Args) -> Path:
     """Trains to ``args.total_timesteps``, evaluates the final weights and returns the run's folder.
 
-    Raises InputError where ``args`` can't be used, SystemExit (130 or 143) after SIGINT or SIGTERM.
+    Under torchrun each process steps its share of the environments, and rank 0 alone logs, saves and evaluates. Raises
+    InputError where ``args`` can't be used, SystemExit (130 or 143) after SIGINT or SIGTERM.
     """
     checkpoint = None if args.resume is None else load_checkpoint(args.resume)
     args = args if checkpoint is None else adopt_args(args, checkpoint)
     check_args(args)
     device = pick_device(args)
+    rank = join_ranks(device)
     torch.manual_seed(args.seed)
     rng = torch.cuda if device.type == "cuda" else torch
     torch.set_num_threads(args.num_threads)  # the weights' first bits depend on it, through the QR decomposition
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    with opened(make_envs(args, args.num_envs, training=True)) as envs, caught_signals() as caught:
+    with opened(make_envs(args, args.num_envs // num_ranks(), training=True)) as envs, caught_signals() as caught:
         agent = make_agent(args, envs, device, checkpoint and checkpoint["agent"])
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         rollout = make_rollout(args, envs, device)
@@ -781,7 +828,8 @@ def train(args: Args) -> Path:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
             folder = args.log_dir / name.replace("/", "_")
             try:
-                folder.mkdir(parents=True)
+                if rank == 0:
+                    folder.mkdir(parents=True)
             except OSError as error:
                 raise InputError(f"--log-dir {args.log_dir} can't be written: {error.strerror}") from error
         else:
@@ -793,12 +841,18 @@ def train(args: Args) -> Path:
             recent_returns.extend(checkpoint["recent_returns"])
             if device.type in checkpoint["rng_state"]:
                 rng.set_rng_state(checkpoint["rng_state"][device.type])
+        if num_ranks() > 1:  # the same weights everywhere, noise and environments of one's own
+            for tensor in agent.state_dict().values():
+                dist.broadcast(tensor, 0)
+            if rank > 0:
+                torch.manual_seed(args.seed + first_iteration * num_ranks() + rank)
         global_step = first_step = first_iteration * args.batch_size
-        writer = open_writer(args, folder, global_step)
+        writer = open_writer(args, folder, global_step) if rank == 0 else None
         total_steps = args.num_iterations * args.batch_size
-        bar = tqdm(total=total_steps, initial=global_step, unit=" steps", disable=None)  # None: only on a terminal
+        silent = True if rank > 0 else None  # None: a bar on a terminal only
+        bar = tqdm(total=total_steps, initial=global_step, unit=" steps", disable=silent)
         # Episodes in flight are no part of a checkpoint: a resumed run starts new ones, from seeds of their own.
-        obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs)
+        obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs + rank * envs.num_envs)
         start = last_line = time.perf_counter()
         for iteration in range(first_iteration + 1, args.num_iterations + 1):
             progress = (iteration - 1) / args.num_iterations
@@ -820,6 +874,12 @@ def train(args: Args) -> Path:
             stats = update(agent, optimizer, rollout, args, clip_coef)
             check_numbers(rollout, stats, global_step)
             agent.observe(rollout["obs"])
+            # What the ranks have to agree on, besides gradients: what is reported, when to stop, the scale of rewards.
+            reports = gathered((episodes, caught, vars(envs.return_rms) if args.norm_reward else {}))
+            episodes = [episode for report in reports for episode in report[0]]
+            stop = [signum for report in reports for signum in report[1]]
+            for name in reports[0][2]:
+                setattr(envs.return_rms, name, np.mean([report[2][name] for report in reports], axis=0))
             now = time.perf_counter()
 
             global_step += args.batch_size
@@ -830,17 +890,18 @@ def train(args: Args) -> Path:
             scalars["time/collect_fraction"] = (collected - iteration_start) / (now - iteration_start)
             if episodes:
                 scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(episodes, axis=0)
-            for tag, value in scalars.items():
+            for tag, value in scalars.items() if rank == 0 else ():
                 writer.add_scalar(tag, value, global_step)
             recent_returns.extend(episode_return for episode_return, _ in episodes)
             mean_return = float(np.mean(recent_returns)) if recent_returns else math.nan
             bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
             bar.update(args.batch_size)
-            if bar.disable and now - last_line > 10:  # a log file gets a plain line now and then
+            if bar.disable and rank == 0 and now - last_line > 10:  # a log file gets a plain line now and then
                 last_line, speed = now, scalars["charts/SPS"]
                 print(f"step {global_step}/{total_steps} return {mean_return:.1f} SPS {speed:.0f}", flush=True)
 
-            if caught or iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations:
+            due = stop or iteration % args.checkpoint_interval == 0 or iteration == args.num_iterations
+            if due and rank == 0:
                 best = len(recent_returns) == recent_returns.maxlen and mean_return > best_return
                 best_return = mean_return if best else best_return
                 checkpoint = {
@@ -858,12 +919,16 @@ def train(args: Args) -> Path:
                 for name in ("best.pt", "latest.pt") if best else ("latest.pt",):
                     save_checkpoint(folder / name, checkpoint)
                 agent.log(writer, rollout, global_step)
-            if caught:
+            if stop:
                 break
         bar.close()
-    if caught:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    if stop:
         print(f"stopped: go on with python {Path(__file__).name} --resume {folder}", file=sys.stderr)
-        raise SystemExit(128 + caught[0])
+        raise SystemExit(128 + stop[0])
+    if rank > 0:
+        return folder
     returns, _ = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
     if args.capture_video:
