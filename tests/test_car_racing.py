@@ -163,8 +163,9 @@ def test_observations_are_stacked_grey_uint8(tmp_path):
     assert np.array_equal(obs, np.floor(greens))
 
 
-def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path):
+def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, monkeypatch):
     """Each wheel on the grass costs a point, then rewards are scaled. The reported return knows neither."""
+    monkeypatch.setattr(ppo_carracing.Gusts, "chance", 0.0)
     args = tiny_args(ppo_carracing, tmp_path, async_envs=False, reward_scale=0.5)
     envs = ppo_carracing.make_envs(args, 1, training=True)
     plain = ppo_carracing.make_env(args, training=False)
@@ -211,6 +212,45 @@ def test_every_second_training_episode_is_driven_in_a_mirror(tmp_path):
             )
             assert np.array_equal(obs[:, ::side], mirrored) and rest == mirrored_rest
         assert not np.array_equal(obs, obs[:, ::-1])
+
+
+class Straight(gym.Env):
+    """Keeps the actions that it is given."""
+
+    action_space = gym.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1]))
+
+    def reset(self, **kwargs):
+        super().reset(**kwargs)
+        self.taken = []
+        return 0, {}
+
+    def step(self, action):
+        self.taken.append(action)
+        return 0, 0.0, False, False, {}
+
+
+def test_gusts_push_the_steering_now_and_then():
+    env = ppo_carracing.Gusts(Straight())
+    env.reset(seed=1)
+    for _ in range(20_000):
+        env.step(np.float32([0.8, 0.3, 0.1]))
+    taken = np.stack(env.env.taken)
+    assert taken.dtype == np.float32 and (taken[:, 1:] == np.float32([0.3, 0.1])).all()
+    assert 0.29 < taken[:, 0].min() < 0.35 and taken[:, 0].max() == 1
+    pushed = np.flatnonzero(taken[:, 0] != np.float32(0.8))
+    assert len(pushed) / len(taken) == pytest.approx(0.01 * 4.5 / (1 + 0.01 * 3.5), rel=0.15)
+    gaps = np.flatnonzero(np.diff(pushed) > 1)
+    lengths = np.diff(np.concatenate([[-1], gaps, [len(pushed) - 1]]))
+    assert lengths.min() == 2 and np.mean(lengths <= 7) > 0.9  # two may follow each other
+
+
+def test_gusts_blow_in_training_only(tmp_path):
+    def chain(env):
+        return [type(env)] + (chain(env.env) if isinstance(env, gym.Wrapper) else [])
+
+    for training in (True, False):
+        env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
+        assert (ppo_carracing.Gusts in chain(env)) == training
 
 
 @pytest.mark.parametrize("training", [True, False])
