@@ -93,7 +93,7 @@ class Args:
     """a training episode is over after this many frames without a new tile (an evaluation's never is)"""
 
     # PPO
-    total_timesteps: int = 200_000
+    total_timesteps: int = 150_000
     """environment steps in all"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""

@@ -33,6 +33,6 @@ def test_lunar_lander_continuous(tmp_path):
 
 
 def test_car_racing(tmp_path):
-    """The start of a default run, driven by the mean: a fifteenth of its steps, at the rates that they have there."""
+    """The start of a default run, driven by the mean: a seventh of its steps, at the rates that they have there."""
     changes = {"total_timesteps": 20_480, "anneal_lr": False, "anneal_clip": False, "eval_episodes": 10}
     assert trained_return(ppo_carracing, tmp_path, **changes) >= 200
