@@ -24,7 +24,7 @@ class Teller(torch.nn.Module):
 def prepared(script, tmp_path, env, **changes):
     """Everything that collect() and update() take, for one of conftest's environments."""
     kind = "Box" if script.__name__ == "ppo_continuous_mlp" else ""
-    args = tiny_args(script, tmp_path, env_id=f"{env}{kind}-v0", **changes)
+    args = tiny_args(script, tmp_path, env_id=f"{env}{kind}-v0", reward_scale=1.0, **changes)
     envs = script.make_envs(args, args.num_envs, training=True)
     torch.manual_seed(0)
     agent = script.Agent(envs.single_observation_space, envs.single_action_space, args)

@@ -166,7 +166,7 @@ def test_checkpoint_round_trip(script, tmp_path):
 
 
 def test_normalisation_is_part_of_the_checkpoint(mlp_script, tmp_path):
-    folder = mlp_script.train(tiny_args(mlp_script, tmp_path))
+    folder = mlp_script.train(tiny_args(mlp_script, tmp_path, norm_reward=True))
     saved = weights(folder)
     assert saved["obs_norm.count"] == 64 and (saved["obs_norm.var"] != 1).any()
     checkpoint = torch.load(folder / "latest.pt", weights_only=True)
