@@ -178,7 +178,8 @@ def check_args(args: Args) -> None:
     require(args.num_envs % ranks == 0, "num_envs", f"a multiple of the {ranks} processes")
     batch = f"num_envs * num_steps = {args.batch_size // ranks}{' of a process' if ranks > 1 else ''}"
     require(args.batch_size // ranks % args.num_minibatches == 0, "num_minibatches", f"a divisor of {batch}")
-    require(args.total_timesteps >= args.batch_size, "total_timesteps", f"at least one rollout, {batch}")
+    rollout = f"at least one rollout, num_envs * num_steps = {args.batch_size}"
+    require(args.total_timesteps >= args.batch_size, "total_timesteps", rollout)
     training_seeds = range(args.seed, args.seed + args.num_envs * args.num_iterations)  # resumed, it takes new ones
     unseen = args.eval_seed + args.eval_episodes <= args.seed or args.eval_seed not in training_seeds
     require(unseen, "eval_seed", f"clear of the training seeds {args.seed} to {training_seeds[-1]}")
@@ -243,7 +244,7 @@ def num_ranks() -> int:
 
 
 def averaged(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor's mean over the ranks, by one message; alone, the tensors themselves."""
+    """Each tensor's mean over the ranks, by one message; alone, the tensors themselves. Raises RunError."""
     if num_ranks() == 1:
         return list(tensors)
     message = torch.cat([tensor.flatten() for tensor in tensors])

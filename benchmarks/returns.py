@@ -23,7 +23,7 @@ import ppo_continuous_mlp
 MLP_256 = {"log_std_init": -2, "ortho_init": False, "net_arch": [256, 256]}  # with ReLU, see train_sb3
 MUJOCO = {"normalize": True, "n_envs": 1, "n_steps": 512, "policy_kwargs": MLP_256}
 LANDER = {"n_envs": 16, "n_steps": 1024, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4, "ent_coef": 0.01}
-# From rl-baselines3-zoo, hyperparams/ppo.yml; None where it has nothing: SB3's defaults then.
+# From rl-baselines3-zoo, hyperparams/ppo.yml, where older versions of these environments stand; else SB3's defaults.
 ZOO = {
     "CartPole-v1": {"n_envs": 8, "n_steps": 32, "batch_size": 256, "gae_lambda": 0.8, "gamma": 0.98, "n_epochs": 20}
     | {"learning_rate": lambda left: 1e-3 * left, "clip_range": lambda left: 0.2 * left},
