@@ -32,6 +32,7 @@ from collections import deque
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 
 import gymnasium as gym
@@ -188,6 +189,8 @@ def check_args(args: Args) -> None:
     require(unseen, "eval_seed", f"clear of the training seeds {args.seed} to {training_seeds[-1]}")
     require(args.resume is None or args.evaluate is None, "resume", "used without --evaluate")
     require(not args.render or args.evaluate is not None, "render", "used with --evaluate")
+    filmed = not args.capture_video or find_spec("moviepy") is not None
+    require(filmed, "capture_video", "used with moviepy (pip install moviepy)")
 
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from dataclasses import fields, replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -88,6 +89,25 @@ def test_what_an_environment_does_wrong_ends_the_run_in_one_line(mlp_script, tmp
     assert not set(workers(os.getpid())) - before
 
 
+def test_a_worker_that_is_killed_ends_the_run_in_one_line(script, tmp_path, monkeypatch):
+    """As the kernel does when memory runs out; with the last checkpoint kept, within seconds."""
+    honest, calls = script.collect, []
+
+    def collect(agent, envs, *rest):
+        calls.append(None)
+        if len(calls) == 3:
+            os.kill(envs.unwrapped.processes[0].pid, signal.SIGKILL)
+        return honest(agent, envs, *rest)
+
+    monkeypatch.setattr(script, "collect", collect)
+    start = time.monotonic()
+    with pytest.raises(script.RunError, match="failed after step 32: one of their processes is gone"):
+        script.train(tiny_args(script, tmp_path, async_envs=True))
+    assert time.monotonic() - start < 30
+    (folder,) = (tmp_path / "runs").iterdir()
+    assert script.load_checkpoint(folder)["iteration"] == 2
+
+
 def test_a_gradient_that_is_not_finite_is_never_saved(script, tmp_path, monkeypatch):
     honest, calls = script.ppo_loss, []
 
@@ -123,6 +143,20 @@ def test_a_full_disk_leaves_the_previous_checkpoint(script, tmp_path, monkeypatc
     assert exit.value.code == 1 and len(capsys.readouterr().err.strip().splitlines()) == 1
 
 
+def test_a_missing_package_is_named_with_its_pip_line(mlp_script, tmp_path, monkeypatch):
+    """What an environment needs, and what a video needs: at the start, not after the training that it is to show."""
+    for name in [name for name in sys.modules if name.startswith("gymnasium.envs.box2d")]:
+        monkeypatch.delitem(sys.modules, name)
+    for name in ("Box2D", "moviepy"):
+        monkeypatch.setitem(sys.modules, name, None)
+    lander = {"ppo_cartpole": "LunarLander-v3", "ppo_continuous_mlp": "LunarLanderContinuous-v3"}[mlp_script.__name__]
+    with pytest.raises(mlp_script.InputError, match=r"pip install .*box2d"):
+        mlp_script.train(tiny_args(mlp_script, tmp_path, env_id=lander))
+    with pytest.raises(mlp_script.InputError, match=r"--capture-video .*pip install moviepy"):
+        mlp_script.train(tiny_args(mlp_script, tmp_path, env_id=suitable(mlp_script, "Rounds"), capture_video=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_refused(script, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(script.InputError, match=r"--log-dir .* can't be written"):
@@ -139,14 +173,17 @@ def test_weights_of_another_shape_are_refused(script, tmp_path):
         script.train(script.Args(resume=folder, cuda=False))
 
 
-def test_a_resumed_run_equals_the_uninterrupted_one(mlp_script, tmp_path):
+def test_a_resumed_run_equals_the_uninterrupted_one(script, tmp_path):
     """Bit for bit, where episodes end with the checkpoint's iteration and are the same from every seed."""
-    rounds = suitable(mlp_script, "Rounds")
-    args = tiny_args(mlp_script, tmp_path, env_id=rounds, total_timesteps=96, norm_reward=False)
-    whole = mlp_script.load_checkpoint(mlp_script.train(args))
-    stopped = stop_after(mlp_script, replace(args, log_dir=tmp_path / "stopped"), iterations=3)
-    assert mlp_script.load_checkpoint(stopped)["iteration"] == 3
-    resumed = mlp_script.load_checkpoint(mlp_script.train(mlp_script.Args(resume=stopped, cuda=False, eval_episodes=1)))
+    pixels = {"stock_env": True} if script.__name__ == "ppo_carracing" else {}
+    env_id = "RoundsPixels-v0" if pixels else suitable(script, "Rounds")
+    settings = {"total_timesteps": 96, "async_envs": False, "norm_reward": False}
+    args = tiny_args(script, tmp_path, env_id=env_id, **settings, **pixels)
+    whole = script.load_checkpoint(script.train(args))
+    stopped = stop_after(script, replace(args, log_dir=tmp_path / "stopped"), iterations=3)
+    assert script.load_checkpoint(stopped)["iteration"] == 3
+    flags = script.Args(resume=stopped, cuda=False, eval_episodes=1, **pixels)
+    resumed = script.load_checkpoint(script.train(flags))
     for part in ("agent", "optimizer", "rng_state"):
         assert flat(whole[part]) == flat(resumed[part]), part
     assert [whole[key] for key in ("iteration", "global_step", "best_return")] == [6, 96, -math.inf]
@@ -164,6 +201,29 @@ class Rounds(Clock):
         return super().reset(**kwargs)[0] * np.float32([1, 0, 1]), {}
 
 
+class CarRacing(Rounds):
+    """The same with CarRacing's pixels and pedals. A step is 4 frames."""
+
+    observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
+    car = SimpleNamespace(wheels=[])
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.action_space = gym.spaces.Box(np.float32([-1, 0, 0]), np.float32([1, 1, 1]))
+
+    def step(self, action):
+        _, *rest = super().step(action)
+        return self._render("state_pixels"), *rest
+
+    def reset(self, **kwargs):
+        super().reset(seed=0)
+        return self._render("state_pixels"), {}
+
+    def _render(self, mode):
+        return np.full((96, 96, 3), 10 * self.time, np.uint8)
+
+
+gym.register("RoundsPixels-v0", entry_point="test_survival:CarRacing", kwargs={"limit": 16})
 gym.register("Rounds-v0", entry_point=Rounds, kwargs={"limit": 4}, disable_env_checker=True)
 gym.register("RoundsBox-v0", entry_point=Rounds, kwargs={"limit": 4, "discrete": False}, disable_env_checker=True)
 
