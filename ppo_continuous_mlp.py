@@ -29,6 +29,7 @@ import signal
 import sys
 import time
 from collections import deque
+from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -57,6 +58,8 @@ class Args:
     """let cuDNN use deterministic kernels only"""
     num_threads: int = 1
     """torch's threads in an update (collection always takes one)"""
+    compile: bool = False
+    """compile the update's loss, on a GPU into CUDA graphs; pays in long runs, on a CPU it needs a C++ compiler"""
     resume: Path | None = None
     """go on with this run: its folder, or one of its checkpoints"""
     evaluate: Path | None = None
@@ -469,6 +472,12 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
     }
 
 
+def to_device(array: np.ndarray, device: torch.device) -> Tensor:
+    """``array`` as a tensor on ``device``; to a GPU through pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
+
+
 @torch.inference_mode()
 def collect(
     agent: nn.Module, envs: gym.vector.VectorEnv, rollout: dict[str, Tensor], obs: np.ndarray
@@ -483,7 +492,7 @@ def collect(
     rewards, terminations, truncations = (np.zeros((num_steps, num_envs), np.float32) for _ in range(3))
     episodes, last_obs, last_steps, last_envs = [], [], [], []
     for step in range(num_steps):
-        action = agent.sample(rollout["obs"][step].copy_(torch.from_numpy(obs)))
+        action = agent.sample(rollout["obs"][step].copy_(to_device(obs, device)))
         rollout["actions"][step] = action
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_action(action))
         terminations[step], truncations[step] = terminated, truncated & ~terminated
@@ -504,14 +513,30 @@ def collect(
     # A step leads to the next step's observation, but the last step to the one in hand, and a truncated one to the
     # observation that the reset hid (Pardo et al. 2018, "Time Limits in Reinforcement Learning").
     rollout["next_values"][:-1] = rollout["values"][1:]
-    rollout["next_values"][-1] = agent.get_value(torch.from_numpy(obs).to(device))
+    rollout["next_values"][-1] = agent.get_value(to_device(obs, device))
     if last_obs:
-        rollout["next_values"][last_steps, last_envs] = agent.get_value(torch.from_numpy(np.stack(last_obs)).to(device))
+        rollout["next_values"][last_steps, last_envs] = agent.get_value(to_device(np.stack(last_obs), device))
     return obs, episodes
 
 
+def minibatch_loss(
+    agent: nn.Module, mb: dict[str, Tensor], clip_coef: Tensor, args: Args
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """ppo_loss of a minibatch, rows of a rollout. With --compile, this and its gradient are a few kernels."""
+    new_logprob, entropy, new_value = agent.evaluate_actions(mb["obs"], mb["actions"])
+    return ppo_loss(
+        new_logprob, mb["logprobs"], mb["advantages"], entropy, new_value, mb["values"], mb["returns"],
+        clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
+    )  # fmt: skip
+
+
 def update(
-    agent: nn.Module, optimizer: torch.optim.Optimizer, rollout: dict[str, Tensor], args: Args, clip_coef: float
+    agent: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    rollout: dict[str, Tensor],
+    args: Args,
+    clip_coef: float,
+    loss_of: Callable = minibatch_loss,
 ) -> dict[str, float]:
     """Improves the agent on one rollout: epochs of shuffled minibatches. Returns what is logged, as means."""
     names = ("rewards", "values", "next_values", "terminations", "dones")
@@ -520,6 +545,7 @@ def update(
     columns |= {"advantages": advantages, "returns": returns}
     batch = {name: column.flatten(0, 1) for name, column in columns.items()}
     parameters, stats = list(agent.parameters()), []
+    clip_coef = torch.full((), clip_coef, device=returns.device)  # as a number, each new one would be compiled anew
     minibatch_size = returns.numel() // args.num_minibatches  # of this rank; all ranks' together make a minibatch
     for _ in range(args.update_epochs):
         shuffle = torch.randperm(returns.numel(), device=returns.device)
@@ -530,12 +556,7 @@ def update(
             variance = averaged((rows**2).mean(1, keepdim=True))[0] * args.minibatch_size / (args.minibatch_size - 1)
             rows /= variance.sqrt() + 1e-8
         for views in zip(*(column.split(minibatch_size) for column in shuffled.values())):
-            mb = dict(zip(shuffled, views))
-            new_logprob, entropy, new_value = agent.evaluate_actions(mb["obs"], mb["actions"])
-            loss, loss_stats = ppo_loss(
-                new_logprob, mb["logprobs"], mb["advantages"], entropy, new_value, mb["values"], mb["returns"],
-                clip_coef, args.vf_coef, args.ent_coef, args.clip_vloss,
-            )  # fmt: skip
+            loss, loss_stats = loss_of(agent, dict(zip(shuffled, views)), clip_coef, args)
             optimizer.zero_grad()
             loss.backward()
             if num_ranks() > 1:
@@ -543,12 +564,12 @@ def update(
                     parameter.grad = grad
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
-            stats.append(loss_stats | {"grad_norm": grad_norm})
-        if args.target_kl is not None and averaged(stats[-1]["approx_kl"])[0] > args.target_kl:
+            stats.append(torch.stack([*loss_stats.values(), grad_norm]))  # copied: a CUDA graph reuses its outputs
+        if args.target_kl is not None and averaged(loss_stats["approx_kl"])[0] > args.target_kl:
             break
-    means = {name: torch.stack([minibatch[name] for minibatch in stats]).mean() for name in stats[0]}
-    means["explained_variance"] = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    return dict(zip(means, torch.stack(averaged(*means.values())).tolist()))
+    explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
+    means = averaged(torch.cat([torch.stack(stats).mean(0), explained_variance[None]]))[0]
+    return dict(zip([*loss_stats, "grad_norm", "explained_variance"], means.tolist()))
 
 
 def save_checkpoint(path: Path, checkpoint: dict) -> None:
@@ -579,7 +600,10 @@ def load_checkpoint(path: Path) -> dict:
 
 
 # What describes this call and not the agent: never saved, always from the command line.
-CALL = ("cuda", "num_threads", "resume", "evaluate", "eval_episodes", "eval_seed", "render", "capture_video", "log_dir")
+CALL = (
+    "cuda", "num_threads", "compile", "resume", "evaluate", "eval_episodes", "eval_seed", "render", "capture_video",
+    "log_dir",
+)  # fmt: skip
 
 
 def adopt_args(args: Args, checkpoint: dict, free: tuple[str, ...] = ()) -> Args:
@@ -692,6 +716,7 @@ def train(args: Args) -> Path:
         agent = make_agent(args, envs, device, checkpoint and checkpoint["agent"])
         optimizer = torch.optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
         rollout = make_rollout(args, envs, device)
+        loss_of = torch.compile(minibatch_loss, mode="reduce-overhead") if args.compile else minibatch_loss
         first_iteration, best_return, recent_returns = 0, -math.inf, deque(maxlen=100)
         if checkpoint is None:
             name = f"{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
@@ -740,7 +765,7 @@ def train(args: Args) -> Path:
                 raise RunError(f"the environments failed after step {global_step}: {what}") from error
             collected = time.perf_counter()
             torch.set_num_threads(args.num_threads)
-            stats = update(agent, optimizer, rollout, args, clip_coef)
+            stats = update(agent, optimizer, rollout, args, clip_coef, loss_of)
             check_numbers(rollout, stats, global_step)
             agent.observe(rollout["obs"])
             # What the ranks have to agree on, besides gradients: what is reported, when to stop, the scale of rewards.
@@ -827,7 +852,7 @@ def evaluate(
         episodes = np.arange(num_envs)  # the one that each environment plays; those past the last don't count
         obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist())
         while (episodes < args.eval_episodes).any():
-            action = agent.act(torch.from_numpy(obs).to(device))
+            action = agent.act(to_device(obs, device))
             obs, rewards, terminated, truncated, _ = envs.step(agent.env_action(action))
             totals += rewards
             steps += 1

@@ -119,6 +119,14 @@ def test_the_same_seed_gives_the_same_weights(script, tmp_path, async_envs):
     assert not equal(weights(folders[0]), weights(folders[2]))
 
 
+def test_a_compiled_update_gives_the_same_weights(script, tmp_path):
+    """Up to rounding, over a whole run."""
+    eager = weights(script.train(tiny_args(script, tmp_path / "eager")))
+    compiled = weights(script.train(tiny_args(script, tmp_path / "compiled", compile=True)))
+    torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
+    assert any(not torch.equal(compiled[name], eager[name]) for name in eager)  # else nothing was compiled
+
+
 def test_resume_finishes_the_schedule(script, tmp_path):
     """A run that is cut short and resumed goes on in its folder, at its step, to the same end."""
     args = tiny_args(script, tmp_path)
