@@ -252,24 +252,30 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def averaged(*tensors: Tensor) -> list[Tensor]:
-    """Each tensor's mean over the ranks, by one message; alone, the tensors themselves. Raises RunError."""
-    if num_ranks() == 1:
-        return list(tensors)
-    message = torch.cat([tensor.flatten() for tensor in tensors])
+@contextmanager
+def lost_ranks_named():
+    """Raises RunError where another rank is gone in the midst of a message."""
     try:
-        dist.all_reduce(message)
+        yield
     except RuntimeError as error:
         raise RunError(f"rank {dist.get_rank()} has lost another one, whose own message says why") from error
-    means = (message / num_ranks()).split([tensor.numel() for tensor in tensors])
-    return [mean.view_as(tensor) for mean, tensor in zip(means, tensors)]
+
+
+def averaged(tensor: Tensor) -> Tensor:
+    """The mean of ``tensor`` over the ranks; alone, ``tensor`` itself. Raises RunError."""
+    if num_ranks() > 1:
+        tensor = tensor / num_ranks()
+        with lost_ranks_named():
+            dist.all_reduce(tensor)
+    return tensor
 
 
 def gathered(item) -> list:
-    """What each rank has for ``item``, any object that can be pickled; alone, ``item`` itself."""
+    """What each rank has for ``item``, any object that can be pickled; alone, ``item`` itself. Raises RunError."""
     items = [item] * num_ranks()
     if num_ranks() > 1:
-        dist.all_gather_object(items, item)
+        with lost_ranks_named():
+            dist.all_gather_object(items, item)
     return items
 
 
@@ -294,8 +300,8 @@ class RunningNorm(nn.Module):
     def update(self, x: Tensor) -> None:
         """Merges the statistics of ``x [..., *shape]`` into the running ones (Chan et al. 1979)."""
         x = x.reshape(-1, *self.mean.shape).float()
-        (mean,) = averaged(x.mean(0))
-        (var,) = averaged(((x - mean) ** 2).mean(0))
+        mean = averaged(x.mean(0))
+        var = averaged(((x - mean) ** 2).mean(0))
         count = len(x) * num_ranks()
         total, delta = self.count + count, mean - self.mean
         self.var.copy_((self.count * self.var + count * var + delta**2 * self.count * count / total) / total)
@@ -553,23 +559,24 @@ def update(
         shuffled = {name: column[shuffle] for name, column in batch.items()}  # one gather; minibatches are views
         if args.norm_adv and args.minibatch_size > 1:  # within each minibatch, all of them in one go
             rows = shuffled["advantages"].view(-1, minibatch_size)
-            rows -= averaged(rows.mean(1, keepdim=True))[0]
-            variance = averaged((rows**2).mean(1, keepdim=True))[0] * args.minibatch_size / (args.minibatch_size - 1)
+            rows -= averaged(rows.mean(1, keepdim=True))
+            variance = averaged((rows**2).mean(1, keepdim=True)) * args.minibatch_size / (args.minibatch_size - 1)
             rows /= variance.sqrt() + 1e-8
         for views in zip(*(column.split(minibatch_size) for column in shuffled.values())):
             loss, loss_stats = loss_of(agent, dict(zip(shuffled, views)), clip_coef, args)
             optimizer.zero_grad()
             loss.backward()
-            if num_ranks() > 1:
-                for parameter, grad in zip(parameters, averaged(*(parameter.grad for parameter in parameters))):
-                    parameter.grad = grad
+            if num_ranks() > 1:  # one message for all gradients
+                grads = averaged(torch.cat([parameter.grad.flatten() for parameter in parameters]))
+                for parameter, grad in zip(parameters, grads.split([parameter.numel() for parameter in parameters])):
+                    parameter.grad = grad.view_as(parameter)
             grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             stats.append(torch.stack([*loss_stats.values(), grad_norm]))  # copied: a CUDA graph reuses its outputs
-        if args.target_kl is not None and averaged(loss_stats["approx_kl"])[0] > args.target_kl:
+        if args.target_kl is not None and averaged(loss_stats["approx_kl"]) > args.target_kl:
             break
     explained_variance = 1 - (batch["returns"] - batch["values"]).var() / batch["returns"].var()
-    means = averaged(torch.cat([torch.stack(stats).mean(0), explained_variance[None]]))[0]
+    means = averaged(torch.cat([torch.stack(stats).mean(0), explained_variance[None]]))
     return dict(zip([*loss_stats, "grad_norm", "explained_variance"], means.tolist()))
 
 
