@@ -78,20 +78,20 @@ def parts(script, args: Args) -> None:
     envs.close()
 
 
-def run(script, flags: list[str], iterations: int) -> None:
-    """Trains for a while; prints the speed of the second half and the share of the time spent collecting."""
+def whole_run(script, flags: list[str], iterations: int, ranks: int = 1) -> tuple[float, float]:
+    """Trains for a while. Returns the second half's steps per second and the share of its time spent collecting."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     steps = iterations * script.Args().batch_size
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, script.__file__, "--log-dir", folder, "--eval-episodes", "1", *flags]
+        command = [sys.executable, *launcher, script.__file__, "--log-dir", folder, "--eval-episodes", "1", *flags]
         subprocess.run([*command, "--total-timesteps", str(steps)], check=True, stdout=subprocess.DEVNULL)
         (place,) = Path(folder).iterdir()
         log = EventAccumulator(str(place)).Reload()
     points = log.Scalars("time/collect_fraction")[iterations // 2 :]
     speed = (points[-1].step - points[0].step) / (points[-1].wall_time - points[0].wall_time)
-    fraction = np.mean([point.value for point in points])
-    print(f"  {' '.join(flags):22s} {speed:8.0f} steps/s, {fraction:4.0%} of the time collecting", flush=True)
+    return speed, float(np.mean([point.value for point in points]))
 
 
 def main() -> None:
@@ -106,7 +106,8 @@ def main() -> None:
         parts(script, args)
         cuda = [["--cuda"], ["--cuda", "--compile"]] if args.device == "cuda" else []
         for flags in (*cuda, ["--no-cuda"], ["--no-cuda", "--compile"]):
-            run(script, flags, args.iterations)
+            speed, collecting = whole_run(script, flags, args.iterations)
+            print(f"  {' '.join(flags):22s} {speed:8.0f} steps/s, {collecting:4.0%} of the time collecting", flush=True)
 
 
 if __name__ == "__main__":
