@@ -164,7 +164,7 @@ def test_observations_are_stacked_grey_uint8(tmp_path):
 
 
 def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, monkeypatch):
-    """Each wheel on the grass costs a point, then rewards are scaled. The reported return knows neither."""
+    """A tile counts alike on each track, a wheel on the grass costs a point. Reported returns know neither."""
     monkeypatch.setattr(ppo_carracing.Gusts, "chance", 0.0)
     args = tiny_args(ppo_carracing, tmp_path, async_envs=False, reward_scale=0.5)
     envs = ppo_carracing.make_envs(args, 1, training=True)
@@ -178,7 +178,8 @@ def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, mon
         total += raw
         on_grass.append(sum(not wheel.tiles for wheel in plain.unwrapped.car.wheels))
         _, rewards, terminated, _, infos = envs.step(action[None])
-        assert rewards[0] == pytest.approx(0.5 * (raw - on_grass[-1]))
+        length = len(plain.unwrapped.track) / 300
+        assert length != 1 and rewards[0] == pytest.approx(0.5 * (raw * length - on_grass[-1]))
     assert set(on_grass) >= {0, 4}
     assert infos["final_info"]["episode"]["r"][0] == pytest.approx(total)
     assert infos["final_info"]["episode"]["l"][0] == len(on_grass)
