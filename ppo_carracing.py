@@ -97,7 +97,7 @@ class Args:
     """a training episode is over after this many frames without a new tile (an evaluation's never is)"""
 
     # PPO
-    total_timesteps: int = 300_000
+    total_timesteps: int = 240_000
     """environment steps in all"""
     learning_rate: float = 3e-4
     """Adam's step size at the start"""
@@ -280,7 +280,8 @@ class ActionRepeat(gym.Wrapper):
     With ``patience``, for training only, what ends an episode is weighed anew. So many frames without a new tile are
     a termination: whoever got lost earns nothing more. (Seen from a visited road, the critic would expect tiles.) The
     end of a lap is a truncation: the pixels don't show it coming, so as a termination it would be a loss out of the
-    blue, of all the tiles ahead, and one that slow drivers are spared by the time limit, which truncates.
+    blue, of all the tiles ahead, and one that slow drivers are spared by the time limit, which truncates. And the last
+    tile ends every lap; the environment's own goes on, unrewarded and unseen, where any other tile was missed.
     """
 
     def __init__(self, env: gym.Env, repeat: int, patience: int | None):
@@ -301,7 +302,7 @@ class ActionRepeat(gym.Wrapper):
             if terminated or truncated:
                 break
         if self.patience is not None:
-            if info.get("lap_finished"):
+            if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
                 terminated, truncated = False, True
             terminated = terminated or self.idle >= self.patience
         if not self.unwrapped.draw:  # ended early: the last observation is one that nobody has drawn yet

@@ -133,19 +133,27 @@ def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
         assert total < -80  # the environment's own reward, unscaled
 
 
-@pytest.mark.parametrize("finished", [True, False])
+@pytest.mark.parametrize("end", ["lap finished", "last tile", "field left"])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_finished_lap_is_a_truncation_in_training_only(tmp_path, training, finished):
-    """Leaving the field is a termination in either."""
+def test_the_end_of_a_lap_is_a_truncation_in_training_only(tmp_path, training, end):
+    """Also that of a lap with tiles missed, which the environment's own doesn't end. Leaving the field terminates."""
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
     env.reset(seed=1)
-    if finished:
-        env.unwrapped.new_lap = True
+    for _ in range(20):
+        env.step(np.float32([0, 1, 0]))
+    racing = env.unwrapped
+    assert racing.tile_visited_count > 5 and not racing.road[-1].road_visited
+    if end == "lap finished":
+        racing.new_lap = True
+    elif end == "last tile":
+        racing.road[-1].road_visited = True
     else:
-        env.unwrapped.car.hull.position = (340, 0)
+        racing.car.hull.position = (340, 0)
     _, reward, terminated, truncated, info = env.step(STEER)
-    assert info["lap_finished"] == finished and (reward < -50) == (not finished)
-    assert (terminated, truncated) == ((False, True) if training and finished else (True, False))
+    assert info.get("lap_finished") == {"lap finished": True, "field left": False}.get(end)
+    assert (reward < -50) == (end == "field left")
+    assert truncated == (training and end != "field left")
+    assert terminated == (end == "field left" or (end == "lap finished" and not training))
 
 
 def test_observations_are_stacked_grey_uint8(tmp_path):

@@ -205,7 +205,7 @@ class CarRacing(Rounds):
     """The same with CarRacing's pixels and pedals. A step is 4 frames."""
 
     observation_space = gym.spaces.Box(0, 255, (96, 96, 3), np.uint8)
-    car, track = SimpleNamespace(wheels=[]), range(300)
+    car, track, road = SimpleNamespace(wheels=[]), range(300), [SimpleNamespace(road_visited=False)]
 
     def __init__(self, **kwargs):
         super().__init__(**kwargs)
