@@ -5,7 +5,8 @@ import copy
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ppo_carracing, tiny_args
+import torch
+from conftest import ROOT, ppo_carracing, tiny_args
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 STEER = np.float32([0.1, 0.5, 0.0])
@@ -270,3 +271,11 @@ def test_a_fifth_of_the_brake_is_in_reach(tmp_path, training):
     env.reset(seed=1)
     env.step(np.float32([0, 0.1, 0.15]))
     assert (env.unwrapped.car.wheels[2].gas, env.unwrapped.car.wheels[2].brake) == pytest.approx((0.1, 0.15))
+
+
+def test_the_pretrained_driver_drives(tmp_path):
+    """On the first four of the tracks that the README reports: none below its worst."""
+    checkpoint = ppo_carracing.load_checkpoint(ROOT / "pretrained" / "ppo_carracing.pt")
+    args = ppo_carracing.adopt_args(ppo_carracing.Args(cuda=False, eval_episodes=4), checkpoint)
+    returns, _ = ppo_carracing.evaluate(args, checkpoint["agent"], tmp_path, torch.device("cpu"))
+    assert returns.min() >= 850
