@@ -54,28 +54,39 @@ def gae_loop(rewards, values, next_values, terminations, dones, gamma, gae_lambd
     return advantages, advantages + values
 
 
-def parts(script, args: Args) -> None:
-    """Times what the device does: updates on a real rollout's shapes, and answers."""
-    settings, device = script.Args(async_envs=False), torch.device(args.device)
+def prepared(script, device: torch.device) -> tuple:
+    """The script's defaults, an agent and a rollout of their sizes on ``device``, and what is seen at the start."""
+    settings = script.Args(async_envs=False)
     envs = script.make_envs(settings, settings.num_envs, training=True)
-    agent = script.make_agent(settings, envs, device)
-    rollout = script.make_rollout(settings, envs, device)
+    agent, rollout = script.make_agent(settings, envs, device), script.make_rollout(settings, envs, device)
     obs, _ = envs.reset(seed=1)
+    envs.close()
     rollout["obs"].copy_(script.to_device(obs, device))
     rollout["actions"].copy_(agent.sample(rollout["obs"].flatten(0, 1)).detach().view_as(rollout["actions"]))
     rollout["rewards"].normal_()
+    return settings, agent, rollout, obs
+
+
+def minibatch(script, settings, agent, rollout, loss_of: Callable, repetitions: int) -> float:
+    """Milliseconds of one minibatch of an update, its share of GAE and of shuffling included."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-6, eps=1e-5, fused=True)
+    update = [agent, optimizer, rollout, settings, settings.clip_coef, loss_of]
+    took = milliseconds(lambda: script.update(*update), repetitions)
+    return took / settings.update_epochs / settings.num_minibatches
+
+
+def parts(script, args: Args) -> None:
+    """Prints what the device needs for updates and for answers."""
+    device = torch.device(args.device)
+    settings, agent, rollout, obs = prepared(script, device)
     compiled = torch.compile(script.minibatch_loss, mode="reduce-overhead")
-    times, minibatches = [], settings.update_epochs * settings.num_minibatches
-    for loss_of in (script.minibatch_loss, compiled):
-        update = [agent, optimizer, rollout, settings, settings.clip_coef, loss_of]
-        times.append(milliseconds(lambda update=update: script.update(*update), args.repetitions) / minibatches)
+    losses = (script.minibatch_loss, compiled)
+    times = [minibatch(script, settings, agent, rollout, loss_of, args.repetitions) for loss_of in losses]
     print(f"  minibatch of {settings.minibatch_size}    {times[0]:8.3f} ms eager {times[1]:8.3f} ms compiled", end="")
     print(f"   {times[0] / times[1]:.1f} x as fast")
     with torch.inference_mode():
         answer = milliseconds(lambda: agent.env_action(agent.sample(script.to_device(obs, device))), args.repetitions)
     print(f"  one step's policy  {answer:8.3f} ms for {settings.num_envs} environments")
-    envs.close()
 
 
 def whole_run(script, flags: list[str], iterations: int, ranks: int = 1) -> tuple[float, float]:

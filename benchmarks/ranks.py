@@ -16,7 +16,7 @@ import torch.distributed as dist
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from gpu import milliseconds, whole_run
+from gpu import milliseconds, minibatch, prepared, whole_run
 
 import ppo_carracing
 import ppo_cartpole
@@ -29,20 +29,6 @@ class Args:
     """of each whole run; the first half doesn't count"""
     message: int | None = None
     """under torchrun: times the averaging of so many numbers and nothing else"""
-
-
-def minibatch(script) -> tuple[int, float]:
-    """The number of gradients, and the milliseconds of a minibatch of the defaults, on one thread."""
-    args, cpu = script.Args(async_envs=False), torch.device("cpu")
-    torch.set_num_threads(1)
-    envs = script.make_envs(args, args.num_envs, training=True)
-    agent, rollout = script.make_agent(args, envs, cpu), script.make_rollout(args, envs, cpu)
-    envs.close()
-    rollout["rewards"].normal_()
-    rollout["actions"].fill_(0.5)
-    optimizer = torch.optim.Adam(agent.parameters(), lr=1e-6, eps=1e-5, fused=True)
-    took = milliseconds(lambda: script.update(agent, optimizer, rollout, args, args.clip_coef), 3)
-    return sum(p.numel() for p in agent.parameters()), took / args.update_epochs / args.num_minibatches
 
 
 def message(numbers: int) -> None:
@@ -60,12 +46,15 @@ def main() -> None:
     if args.message is not None:
         return message(args.message)
     os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
     print("| script | steps/s, 1 process | 2 processes | growth | message | averaging it | a minibatch |")
     print("| --- " * 7 + "|", flush=True)
     for script in (ppo_cartpole, ppo_carracing, ppo_continuous_mlp):
         flags = ["--no-cuda", "--num-threads", "1"]
         one, two = (whole_run(script, flags, args.iterations, ranks)[0] for ranks in (1, 2))
-        numbers, computing = minibatch(script)
+        settings, agent, rollout, _ = prepared(script, torch.device("cpu"))
+        numbers = sum(parameter.numel() for parameter in agent.parameters())
+        computing = minibatch(script, settings, agent, rollout, script.minibatch_loss, 3)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
         averaging = float(subprocess.check_output([*command, "--message", str(numbers)], text=True))
         print(f"| {Path(script.__file__).name} | {one:.0f} | {two:.0f} | {two / one:.2f} x ", end="")
