@@ -891,12 +891,9 @@ def main() -> None:
             args = adopt_args(args, checkpoint, free=("num_envs", "async_envs"))
             folder = args.evaluate if args.evaluate.is_dir() else args.evaluate.parent
             evaluate(args, checkpoint["agent"], folder, pick_device(args))
-    except InputError as error:
+    except (InputError, RunError) as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(1)
+        sys.exit(2 if isinstance(error, InputError) else 1)
     except KeyboardInterrupt:
         sys.exit(130)
 
