@@ -880,7 +880,7 @@ def evaluate(
 
 
 def main() -> None:
-    """Reads the flags, then trains or evaluates; input that is refused ends in one line and exit status 2."""
+    """Reads the flags, then trains or evaluates. What is refused ends in a line and status 2, failures in status 1."""
     env_id = tyro.cli(Args, description=__doc__).env_id
     args = tyro.cli(Args, description=__doc__, default=preset(env_id))
     try:
