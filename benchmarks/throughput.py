@@ -2,8 +2,8 @@
 
 This project's scripts, Stable-Baselines3's PPO and the loop that people know from single-file PPOs (plain() below)
 train the same environment with the same settings and networks; the floor steps the same environments with random
-actions and does nothing else. "Native" is the floor of CartPole's own vector environment, which the scripts don't offer:
-its step after an episode's end must not be learned from. All take turns, each in a process of its own, with torch on
+actions and does nothing else. "Native" is the floor of CartPole's own vector environment, which the scripts do not
+offer: its step after an episode's end must not be learned from. All take turns, each in a process of its own, torch on
 one thread (which is the fastest for all of them). Speeds and ratios are medians over the rounds, after imports and the
 making of environments. "Collecting" is the time that ours takes for the steps alone, policy included, in multiples of
 the floor's.
