@@ -142,6 +142,9 @@ class Args:
 
 # What other environments want; a flag on the command line wins.
 PRESETS = {
+    "MountainCarContinuous-v0": {
+        "total_timesteps": 100_000, "num_steps": 128, "learning_rate": 1e-3, "num_minibatches": 8, "gamma": 0.9999,
+    },
     "Pendulum-v1": {
         "total_timesteps": 200_000, "num_envs": 8, "num_steps": 256, "learning_rate": 1e-3, "gamma": 0.95,
         "gae_lambda": 0.95,

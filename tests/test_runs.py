@@ -86,7 +86,7 @@ def test_each_episode_has_its_own_seed(script, run):
 
 ACTION_TAGS = {
     "ppo_cartpole": {"actions/share_0", "actions/share_1"},
-    "ppo_carracing": {"actions/steering", "actions/gas", "actions/brake"},
+    "ppo_carracing": {"actions/steering", "actions/gas"},
     "ppo_continuous_mlp": {"actions/mean_0", "actions/std_0", "actions/mean_1", "actions/std_1"},
 }
 
