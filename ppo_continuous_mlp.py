@@ -118,6 +118,10 @@ class Args:
     """divide rewards by the running standard deviation of the discounted return"""
     reward_scale: float = 1.0
     """multiply rewards by this, before --norm-reward"""
+    hidden_size: int = 64
+    """units in each of the two hidden layers"""
+    log_std_init: float = 0.0
+    """logarithm of the first noise, in units of half the action box"""
 
     # Output
     exp_name: str = Path(__file__).stem
@@ -320,26 +324,32 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class Agent(nn.Module):
     """Actor and critic on a vector of observations; the policy is a normal distribution per action dimension.
 
-    Its standard deviation does not depend on the state. What is sampled is unbounded: env_action() clips it for the
-    environment only, and log-probabilities are those of the unclipped action.
+    Its standard deviation does not depend on the state. What is sampled is unbounded, in units of half the action box
+    from its middle: env_action() clips it for the environment only, and log-probabilities are those of the unclipped
+    action.
     """
 
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
             raise InputError(f"{args.env_id} has no flat Box of observations; ppo_carracing.py learns from pixels")
-        if not isinstance(action_space, gym.spaces.Box):
-            raise InputError(f"{args.env_id} has no Box actions; ppo_cartpole.py takes Discrete ones")
+        if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+            raise InputError(f"{args.env_id} has no flat Box of actions; ppo_cartpole.py takes Discrete ones")
+
+        width, (num_actions,) = args.hidden_size, action_space.shape
 
         def trunk() -> nn.Module:
-            first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
+            first, second = nn.Linear(observation_space.shape[0], width), nn.Linear(width, width)
             return nn.Sequential(layer_init(first), nn.Tanh(), layer_init(second), nn.Tanh())
 
         self.obs_norm = RunningNorm(observation_space.shape)
-        self.actor_mean = nn.Sequential(trunk(), layer_init(nn.Linear(64, action_space.shape[0]), std=0.01))
-        self.actor_logstd = nn.Parameter(torch.zeros(action_space.shape[0]))
-        self.critic = nn.Sequential(trunk(), layer_init(nn.Linear(64, 1), std=1.0))
+        self.actor_mean = nn.Sequential(trunk(), layer_init(nn.Linear(width, num_actions), std=0.01))
+        self.actor_logstd = nn.Parameter(torch.full((num_actions,), args.log_std_init))
+        self.critic = nn.Sequential(trunk(), layer_init(nn.Linear(width, 1), std=1.0))
         self.low, self.high = action_space.low, action_space.high
+        bounded = np.isfinite(self.low) & np.isfinite(self.high)  # elsewhere an action is taken as it is
+        low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
+        self.middle, self.half = (low + high) / 2, (high - low) / 2
 
     def get_value(self, obs: Tensor) -> Tensor:
         """V(obs) ``[batch]`` of ``obs [batch, *obs_shape]``."""
@@ -362,8 +372,8 @@ class Agent(nn.Module):
         return self.actor_mean(self.obs_norm(obs))
 
     def env_action(self, action: Tensor) -> np.ndarray:
-        """What the environment takes for ``action``: the nearest point of its box."""
-        return np.clip(action.cpu().numpy(), self.low, self.high)
+        """What the environment takes for ``action``: -1 to 1 spans its box, beyond it the nearest point counts."""
+        return np.clip(self.middle + self.half * action.cpu().numpy(), self.low, self.high)
 
     def observe(self, obs: Tensor) -> None:
         """Takes a rollout's observations into the statistics that normalise the next ones."""

@@ -91,10 +91,19 @@ def test_normal_clips_for_the_environment_only():
     agent, obs = make_agent("ppo_continuous_mlp"), some_obs("ppo_continuous_mlp")
     action = agent.sample(obs)
     logprob = agent.evaluate_actions(obs, action)[0]
-    outside = (action.abs() > 0.5).any(-1)
+    outside = (action.abs() > 1).any(-1)
     assert outside.any()
     expected = distribution("ppo_continuous_mlp", agent, obs).log_prob(action)
     torch.testing.assert_close(logprob[outside], expected[outside], rtol=1e-4, atol=1e-5)
+
+
+def test_normal_acts_in_units_of_the_box():
+    script, space = SCRIPTS["ppo_continuous_mlp"], gym.spaces.Box(np.float32([2, -np.inf]), np.float32([10, np.inf]))
+    agent = script.Agent(BOX, space, script.Args(log_std_init=-1.0, hidden_size=8))
+    actions = torch.tensor([[-1.0, -1.0], [0.0, 0.0], [0.5, 7.0], [1.0, 1.0], [3.0, 300.0], [-3.0, -3.0]])
+    assert agent.env_action(actions).tolist() == [[2, -1], [6, 0], [8, 7], [10, 1], [10, 300], [2, -3]]
+    assert agent.env_action(actions).dtype == np.float32
+    assert agent.actor_logstd.tolist() == [-1, -1] and agent.critic[-1].in_features == 8
 
 
 def test_beta_survives_the_edge_of_its_interval():
