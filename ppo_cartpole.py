@@ -368,6 +368,9 @@ class Agent(nn.Module):
         """Takes a rollout's observations into the statistics that normalise the next ones."""
         self.obs_norm.update(obs)
 
+    def calibrate(self, args: Args, device: torch.device) -> None:
+        """Nothing to set after training: the policy that was trained is the one that is played."""
+
     def log(self, writer, rollout: dict[str, Tensor], global_step: int) -> None:
         """Shows in TensorBoard what share of a rollout's actions each one had."""
         counts = rollout["actions"].flatten().bincount(minlength=self.actor.out_features)
@@ -756,6 +759,7 @@ def train(args: Args) -> Path:
         # Episodes in flight are no part of a checkpoint: a resumed run starts new ones, from seeds of their own.
         obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs + rank * envs.num_envs)
         start = last_line = time.perf_counter()
+        stop = []  # signals; a run that is resumed after its last iteration goes straight to the evaluation
         for iteration in range(first_iteration + 1, args.num_iterations + 1):
             progress = (iteration - 1) / args.num_iterations
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
@@ -831,6 +835,8 @@ def train(args: Args) -> Path:
         raise SystemExit(128 + stop[0])
     if rank > 0:
         return folder
+    agent.calibrate(args, device)  # what it sets belongs to the weights
+    save_checkpoint(folder / "latest.pt", checkpoint | {"agent": agent.state_dict()})
     returns, _ = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
     if args.capture_video:
@@ -842,10 +848,8 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(
-    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
+def play(args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Plays ``args.eval_episodes`` episodes without noise, each from its own seed.
 
     Returns the returns, in the environment's own reward, and the lengths, in steps, both ``[eval_episodes]``. A video
     goes to ``folder``/videos.
@@ -871,6 +875,14 @@ def evaluate(
                 totals[done] = steps[done] = 0
                 episodes[done] = episodes.max() + 1 + np.arange(done.sum())
                 obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist(), options={"reset_mask": done})
+    return returns, lengths
+
+
+def evaluate(
+    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plays, prints one line of statistics and returns what play() does."""
+    returns, lengths = play(args, weights, folder, device)
     print(
         f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} median {np.median(returns):.1f} "
         f"min {returns.min():.1f} max {returns.max():.1f} episodes {len(returns)} first-seed {args.eval_seed}",

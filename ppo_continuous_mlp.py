@@ -84,9 +84,9 @@ class Args:
     # PPO
     total_timesteps: int = 1_000_000
     """environment steps in all"""
-    learning_rate: float = 3e-4
+    learning_rate: float = 1e-3
     """Adam's step size at the start"""
-    num_steps: int = 512
+    num_steps: int = 256
     """steps per environment and rollout"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0"""
@@ -96,7 +96,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.98
     """lambda of the advantage estimator: 0 trusts the critic, 1 the sampled return"""
-    num_minibatches: int = 32
+    num_minibatches: int = 16
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
@@ -147,11 +147,15 @@ class Args:
 # What other environments want; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
-        "total_timesteps": 100_000, "num_steps": 128, "learning_rate": 1e-3, "num_minibatches": 8, "gamma": 0.9999,
+        "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999,
     },
     "Pendulum-v1": {
         "total_timesteps": 200_000, "num_envs": 8, "num_steps": 256, "learning_rate": 1e-3, "gamma": 0.95,
         "gae_lambda": 0.95,
+    },
+    "HalfCheetah-v5": {
+        "num_envs": 8, "num_steps": 128, "learning_rate": 2e-4, "num_minibatches": 8, "gamma": 0.98,
+        "gae_lambda": 0.92, "log_std_init": -2.0,
     },
 }  # fmt: skip
 
@@ -378,6 +382,9 @@ class Agent(nn.Module):
     def observe(self, obs: Tensor) -> None:
         """Takes a rollout's observations into the statistics that normalise the next ones."""
         self.obs_norm.update(obs)
+
+    def calibrate(self, args: Args, device: torch.device) -> None:
+        """Nothing to set after training: the policy that was trained is the one that is played."""
 
     def log(self, writer, rollout: dict[str, Tensor], global_step: int) -> None:
         """Shows in TensorBoard the mean of each action over a rollout, and the noise that explores around it."""
@@ -768,6 +775,7 @@ def train(args: Args) -> Path:
         # Episodes in flight are no part of a checkpoint: a resumed run starts new ones, from seeds of their own.
         obs, _ = envs.reset(seed=args.seed + first_iteration * args.num_envs + rank * envs.num_envs)
         start = last_line = time.perf_counter()
+        stop = []  # signals; a run that is resumed after its last iteration goes straight to the evaluation
         for iteration in range(first_iteration + 1, args.num_iterations + 1):
             progress = (iteration - 1) / args.num_iterations
             learning_rate = anneal(args.learning_rate, progress, args.anneal_lr)
@@ -843,6 +851,8 @@ def train(args: Args) -> Path:
         raise SystemExit(128 + stop[0])
     if rank > 0:
         return folder
+    agent.calibrate(args, device)  # what it sets belongs to the weights
+    save_checkpoint(folder / "latest.pt", checkpoint | {"agent": agent.state_dict()})
     returns, _ = evaluate(args, agent.state_dict(), folder, device)
     writer.add_scalar("eval/return_mean", returns.mean(), global_step)
     if args.capture_video:
@@ -854,10 +864,8 @@ def train(args: Args) -> Path:
 
 
 @torch.inference_mode()
-def evaluate(
-    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
-) -> tuple[np.ndarray, np.ndarray]:
-    """Plays ``args.eval_episodes`` episodes without noise, each from its own seed, and prints one line of statistics.
+def play(args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device) -> tuple[np.ndarray, np.ndarray]:
+    """Plays ``args.eval_episodes`` episodes without noise, each from its own seed.
 
     Returns the returns, in the environment's own reward, and the lengths, in steps, both ``[eval_episodes]``. A video
     goes to ``folder``/videos.
@@ -883,6 +891,14 @@ def evaluate(
                 totals[done] = steps[done] = 0
                 episodes[done] = episodes.max() + 1 + np.arange(done.sum())
                 obs, _ = envs.reset(seed=(args.eval_seed + episodes).tolist(), options={"reset_mask": done})
+    return returns, lengths
+
+
+def evaluate(
+    args: Args, weights: dict[str, Tensor], folder: Path, device: torch.device
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plays, prints one line of statistics and returns what play() does."""
+    returns, lengths = play(args, weights, folder, device)
     print(
         f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} median {np.median(returns):.1f} "
         f"min {returns.min():.1f} max {returns.max():.1f} episodes {len(returns)} first-seed {args.eval_seed}",

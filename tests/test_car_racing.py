@@ -1,6 +1,7 @@
 """FastCarRacing is CarRacing-v3 in every pixel and reward, and the wrappers do what they say."""
 
 import copy
+from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
@@ -280,6 +281,26 @@ def test_one_lever_works_both_pedals(tmp_path, calm, training):
         for _ in range(3):
             env.step(np.float32([0, lever]))
         assert (wheel.gas, wheel.brake) == pytest.approx((gas, brake))
+
+
+def test_calibration_keeps_the_best_trim(tmp_path, monkeypatch):
+    """Of the mean return on training's first tracks, a quarter as many as an evaluation plays."""
+    played = []
+
+    def play(args, weights, folder, device):
+        played.append((args.eval_seed, args.eval_episodes))
+        return np.full(args.eval_episodes, 900 - 1000 * abs(float(weights["trim"]) + 0.055)), None
+
+    monkeypatch.setattr(ppo_carracing, "play", play)
+    args, cpu = tiny_args(ppo_carracing, tmp_path, seed=7, eval_episodes=100), torch.device("cpu")
+    envs = ppo_carracing.make_envs(args, 1, training=False)
+    agent = ppo_carracing.make_agent(args, envs, cpu)
+    envs.close()
+    start = agent.trim.item()
+    agent.calibrate(replace(args, eval_episodes=3), cpu)
+    assert agent.trim.item() == start and not played
+    agent.calibrate(args, cpu)
+    assert agent.state_dict()["trim"].item() == pytest.approx(-0.05) and set(played) == {(7, 25)}
 
 
 def test_the_pretrained_driver_drives(tmp_path):

@@ -80,8 +80,9 @@ def test_evaluation_plays_without_noise_and_within_the_space(name):
     policy = distribution(name, agent, obs)
     expected = policy.probs.argmax(-1) if name == "ppo_cartpole" else policy.mean
     if name == "ppo_carracing":
-        assert (expected[:, 1] > 0.04).any() and (expected[:, 1] < 0.04).any()
-        expected = torch.stack([expected[:, 0], (expected[:, 1] - 0.04).clamp(0)], dim=-1)
+        expected = torch.stack([expected[:, 0], expected[:, 1] + agent.trim], dim=-1)
+        assert agent.trim < 0 and (expected[:, 1] > 0).any() and (expected[:, 1] < 0).any()
+        expected = expected.clamp(0, 1)
     torch.testing.assert_close(action, expected)
     for sampled in (action, agent.sample(obs)):
         assert all(SPACES[name][1].contains(a) for a in agent.env_action(sampled.detach()))

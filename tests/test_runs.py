@@ -148,6 +148,17 @@ def test_resume_finishes_the_schedule(script, tmp_path):
     assert [event.step for event in events.Scalars("charts/SPS")] == [16, 32, 48, 64]
 
 
+def test_a_finished_run_that_is_resumed_is_evaluated_again(script, tmp_path):
+    """It may have been killed between its last checkpoint and its evaluation."""
+    folder = script.train(tiny_args(script, tmp_path))
+    before = script.load_checkpoint(folder)
+    assert script.train(script.Args(resume=folder, cuda=False, eval_episodes=2)) == folder
+    after = script.load_checkpoint(folder)
+    assert after["iteration"] == before["iteration"] == 4
+    assert all(torch.equal(before["agent"][name], tensor) for name, tensor in after["agent"].items())
+    assert len(EventAccumulator(str(folder)).Reload().Scalars("eval/return_mean")) == 2
+
+
 @pytest.mark.parametrize("signum, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_a_checkpoint(script, tmp_path, signum, status):
     """Ctrl-C reaches the workers of the environments too; SIGTERM comes for the process that trains."""
