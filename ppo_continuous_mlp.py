@@ -150,12 +150,19 @@ PRESETS = {
         "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999,
     },
     "Pendulum-v1": {
-        "total_timesteps": 200_000, "num_envs": 8, "num_steps": 256, "learning_rate": 1e-3, "gamma": 0.95,
-        "gae_lambda": 0.95,
+        "total_timesteps": 200_000, "num_steps": 64, "learning_rate": 2e-3, "num_minibatches": 8, "gamma": 0.95,
+        "gae_lambda": 0.95, "ent_coef": 0.02,
     },
     "HalfCheetah-v5": {
         "num_envs": 8, "num_steps": 128, "learning_rate": 2e-4, "num_minibatches": 8, "gamma": 0.98,
         "gae_lambda": 0.92, "log_std_init": -2.0,
+    },
+    "Hopper-v5": {
+        "num_envs": 8, "learning_rate": 3e-4, "num_minibatches": 32, "gamma": 0.99, "gae_lambda": 0.95,
+    },
+    "Walker2d-v5": {
+        "num_envs": 8, "num_steps": 128, "learning_rate": 3e-4, "num_minibatches": 8, "gamma": 0.99,
+        "gae_lambda": 0.95, "log_std_init": -1.0,
     },
 }  # fmt: skip
 

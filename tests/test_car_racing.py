@@ -283,13 +283,14 @@ def test_one_lever_works_both_pedals(tmp_path, calm, training):
         assert (wheel.gas, wheel.brake) == pytest.approx((gas, brake))
 
 
-def test_calibration_keeps_the_best_trim(tmp_path, monkeypatch):
-    """Of the mean return on training's first tracks, a quarter as many as an evaluation plays."""
+@pytest.mark.parametrize("best, bend, expected", [(-0.04, -1e4, -0.04), (0.1, -1e4, 0.01), (-0.04, 1e4, 0.01)])
+def test_calibration_finds_the_trim(tmp_path, monkeypatch, best, bend, expected):
+    """The peak of the mean return on training's first tracks, a quarter as many as an evaluation plays."""
     played = []
 
     def play(args, weights, folder, device):
         played.append((args.eval_seed, args.eval_episodes))
-        return np.full(args.eval_episodes, 900 - 1000 * abs(float(weights["trim"]) + 0.055)), None
+        return np.full(args.eval_episodes, 900 + bend * (float(weights["trim"]) - best) ** 2), None
 
     monkeypatch.setattr(ppo_carracing, "play", play)
     args, cpu = tiny_args(ppo_carracing, tmp_path, seed=7, eval_episodes=100), torch.device("cpu")
@@ -300,7 +301,7 @@ def test_calibration_keeps_the_best_trim(tmp_path, monkeypatch):
     agent.calibrate(replace(args, eval_episodes=3), cpu)
     assert agent.trim.item() == start and not played
     agent.calibrate(args, cpu)
-    assert agent.state_dict()["trim"].item() == pytest.approx(-0.05) and set(played) == {(7, 25)}
+    assert agent.state_dict()["trim"].item() == pytest.approx(expected, abs=1e-6) and set(played) == {(7, 25)}
 
 
 def test_the_pretrained_driver_drives(tmp_path):
