@@ -288,6 +288,11 @@ class ActionRepeat(gym.Wrapper):
         super().__init__(env)
         self.repeat, self.patience, self.idle = repeat, patience, 0
 
+    @property
+    def lost(self) -> bool:
+        """Whether patience is at its end."""
+        return self.idle >= self.patience
+
     def reset(self, **kwargs):
         self.idle, self.unwrapped.draw = 0, True
         return self.env.reset(**kwargs)
@@ -304,7 +309,7 @@ class ActionRepeat(gym.Wrapper):
         if self.patience is not None:
             if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
                 terminated, truncated = False, True
-            terminated = terminated or self.idle >= self.patience
+            terminated = terminated or self.lost
         if not self.unwrapped.draw:  # ended early: the last observation is one that nobody has drawn yet
             self.unwrapped.draw = True
             obs = self.unwrapped._render("state_pixels")
@@ -378,7 +383,7 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
 
         def shaped(reward: float) -> float:
             grass = sum(not wheel.tiles for wheel in racing.car.wheels)
-            return reward * len(racing.track) / 300 - grass - 300 * (repeat.idle >= args.patience)
+            return reward * len(racing.track) / 300 - grass - 300 * repeat.lost
 
         env = gym.wrappers.TransformReward(env, shaped)
     # One lever works both pedals, from a fifth of the brake (0) to full gas (1): noise on it is felt, and each place of
@@ -529,7 +534,7 @@ class Agent(nn.Module):
         """Nothing to learn from a rollout's observations: pixels are divided by 255, whatever they are."""
 
     def calibrate(self, args: Args, device: torch.device) -> None:
-        """Sets the lever's trim to what scores best on a few tracks of training's, a quarter of an evaluation's number.
+        """Sets the lever's trim to what scores best on training's first seeds, a quarter of an evaluation's number.
 
         What training asks for is not quite the score: discounted, under noise and gusts, the speed that suits it may be
         a little more or less, while a hundredth on the lever is worth some points of return. Gusts shifts the lever by

@@ -346,7 +346,6 @@ class Agent(nn.Module):
             raise InputError(f"{args.env_id} has no flat Box of observations; ppo_carracing.py learns from pixels")
         if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
             raise InputError(f"{args.env_id} has no flat Box of actions; ppo_cartpole.py takes Discrete ones")
-
         width, (num_actions,) = args.hidden_size, action_space.shape
 
         def trunk() -> nn.Module:

@@ -37,8 +37,7 @@ def train(seed: int, folder: Path) -> None:
     copies = folder / "copies"
     shutil.rmtree(folder, ignore_errors=True)
     copies.mkdir(parents=True)
-    command = [sys.executable, script.__file__, "--num-envs", "8", "--seed", str(seed)]
-    command += ["--log-dir", str(folder)]
+    command = [sys.executable, script.__file__, "--num-envs", "8", "--seed", str(seed), "--log-dir", str(folder)]
     start = time.time()
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while process.poll() is None:

@@ -285,7 +285,7 @@ def test_one_lever_works_both_pedals(tmp_path, calm, training):
 
 @pytest.mark.parametrize("best, bend, expected", [(-0.04, -1e4, -0.04), (0.1, -1e4, 0.01), (-0.04, 1e4, 0.01)])
 def test_calibration_finds_the_trim(tmp_path, monkeypatch, best, bend, expected):
-    """The peak of the mean return on training's first tracks, a quarter as many as an evaluation plays."""
+    """The peak of the mean return on training's first seeds, a quarter as many as an evaluation plays."""
     played = []
 
     def play(args, weights, folder, device):
