@@ -36,6 +36,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 os.environ.setdefault("PYGAME_HIDE_SUPPORT_PROMPT", "1")  # else importing pygame prints a banner
 
@@ -201,6 +202,8 @@ def check_args(args: Args) -> None:
     require(not args.render or args.evaluate is not None, "render", "used with --evaluate")
     filmed = not args.capture_video or find_spec("moviepy") is not None
     require(filmed, "capture_video", "used with moviepy (pip install moviepy)")
+    compiler = which(os.environ.get("CXX", "g++")) or which("cl")
+    require(not args.compile or compiler, "compile", "used with a C++ compiler (install g++ or set CXX)")
 
 
 class FastCarRacing(CarRacing):

@@ -35,6 +35,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from shutil import which
 
 import gymnasium as gym
 import numpy as np
@@ -209,6 +210,8 @@ def check_args(args: Args) -> None:
     require(not args.render or args.evaluate is not None, "render", "used with --evaluate")
     filmed = not args.capture_video or find_spec("moviepy") is not None
     require(filmed, "capture_video", "used with moviepy (pip install moviepy)")
+    compiler = which(os.environ.get("CXX", "g++")) or which("cl")
+    require(not args.compile or compiler, "compile", "used with a C++ compiler (install g++ or set CXX)")
 
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:

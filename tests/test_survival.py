@@ -157,6 +157,14 @@ def test_a_missing_package_is_named_with_its_pip_line(mlp_script, tmp_path, monk
     assert not list(tmp_path.iterdir())
 
 
+def test_compiling_without_a_compiler_is_refused(script, tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(script.InputError, match=r"--compile must be used with a C\+\+ compiler"):
+        script.train(tiny_args(script, tmp_path, compile=True))
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_folder_that_cannot_be_made_is_refused(script, tmp_path):
     (tmp_path / "runs").write_text("a file")
     with pytest.raises(script.InputError, match=r"--log-dir .* can't be written"):
