@@ -150,6 +150,10 @@ PRESETS = {
     "MountainCarContinuous-v0": {
         "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999,
     },
+    "BipedalWalker-v3": {
+        "total_timesteps": 3_000_000, "num_steps": 512, "learning_rate": 7e-4, "gamma": 0.99, "gae_lambda": 0.95,
+        "log_std_init": -0.5,
+    },
     "Pendulum-v1": {
         "total_timesteps": 200_000, "num_steps": 64, "learning_rate": 2e-3, "num_minibatches": 8, "gamma": 0.95,
         "gae_lambda": 0.95, "ent_coef": 0.02,
