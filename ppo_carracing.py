@@ -354,6 +354,24 @@ class Mirror(gym.Wrapper):
         return obs[:, :: self.side], *rest
 
 
+class Smooth(gym.ActionWrapper):
+    """Turns the wheel seven tenths of the way to where it is steered. For evaluation: a calm hand on a nervous driver.
+
+    Who learns under noise learns to correct at once, in jerks. Without noise they have nothing to correct: they slow
+    the car down and make it cut a tile here and there, of which a single one costs a lap its end, some ten points.
+    """
+
+    share, wheel = 0.7, 0.0
+
+    def reset(self, **kwargs):
+        self.wheel = 0.0
+        return self.env.reset(**kwargs)
+
+    def action(self, action: np.ndarray) -> np.ndarray:
+        self.wheel += self.share * (action[0] - self.wheel)
+        return np.float32([self.wheel, action[1]])
+
+
 def shrink(frame: np.ndarray) -> np.ndarray:
     """Turns an RGB frame ``[96, 96, 3]`` into a grey one ``[48, 48]``, both uint8.
 
@@ -394,7 +412,7 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
     lever = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
     env = gym.wrappers.TransformAction(env, lambda a: np.float32([a[0], a[1], 0.2 * (1 - a[1])]), lever)
     env = gym.wrappers.TransformObservation(env, shrink, gym.spaces.Box(0, 255, (48, 48), np.uint8))
-    env = Mirror(Gusts(env)) if training else env
+    env = Mirror(Gusts(env)) if training else Smooth(env)
     return gym.wrappers.FrameStackObservation(env, args.frame_stack)
 
 
@@ -499,7 +517,7 @@ class Agent(nn.Module):
         nn.init.constant_(self.actor.bias, 1.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low
-        self.register_buffer("trim", torch.tensor(-0.03))  # before calibrate() knows better
+        self.register_buffer("trim", torch.tensor(-0.02))  # before calibrate() knows better
 
     def features(self, obs: Tensor) -> Tensor:
         """``[batch, 256]`` of ``obs [batch, frame_stack, 48, 48]``, uint8."""
@@ -547,7 +565,7 @@ class Agent(nn.Module):
         args = replace(args, eval_seed=args.seed, eval_episodes=args.eval_episodes // 4, capture_video=False)
         if args.eval_episodes == 0:
             return
-        trims, scores = (-0.07, -0.05, -0.03, -0.01, 0.01), []
+        trims, scores = (-0.06, -0.04, -0.02, 0.0, 0.02), []
         for trim in trims:
             self.trim.fill_(trim)
             scores.append(play(args, self.state_dict(), Path(), device)[0].mean())
