@@ -3,10 +3,11 @@
     python benchmarks/returns.py --envs CartPole-v1 Acrobot-v1 --seeds 1 2 3
 
 Ours runs with the settings that ``--env-id`` picks, SB3 with those of its zoo and as many environment steps. Each
-figure is the mean over 100 unseen episodes, of the environment's own reward, the policy played without noise. A run
-that was finished once is kept under runs/returns and not trained again.
+figure is the mean over 100 unseen episodes, of the environment's own reward, the policy played without noise. What a
+run gave is kept in returns.csv, beside this file, and not trained again: delete its line to have it anew.
 """
 
+import csv
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -46,6 +47,7 @@ ZOO = {
     | {"n_epochs": 20, "max_grad_norm": 1, "vf_coef": 0.871923}
     | MUJOCO,
 }
+RESULTS = Path(__file__).with_suffix(".csv")
 
 
 @dataclass
@@ -56,8 +58,8 @@ class Args:
     """one run each"""
     sb3: bool = True
     """train Stable-Baselines3 too"""
-    folder: Path = Path("runs/returns")
-    """where finished runs are kept"""
+    log_dir: Path = Path("runs/returns")
+    """where the folders of our runs go"""
 
 
 def script_for(env_id: str):
@@ -65,16 +67,16 @@ def script_for(env_id: str):
     return ppo_cartpole if isinstance(gym.make(env_id).action_space, gym.spaces.Discrete) else ppo_continuous_mlp
 
 
-def train_ours(env_id: str, seed: int, folder: Path) -> float:
+def train_ours(env_id: str, seed: int, log_dir: Path) -> float:
     """Mean return that the script prints at the end of a run."""
     command = [sys.executable, script_for(env_id).__file__, "--env-id", env_id, "--seed", str(seed)]
-    command += ["--log-dir", str(folder)]
+    command += ["--log-dir", str(log_dir)]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     return next(float(line.split()[2]) for line in lines if line.startswith("evaluation:"))
 
 
-def train_sb3(env_id: str, seed: int, folder: Path) -> float:
-    """Mean return of SB3's PPO under the zoo's settings, on the episodes that ours is evaluated on; keeps the model."""
+def train_sb3(env_id: str, seed: int, log_dir: Path) -> float:
+    """Mean return of SB3's PPO under the zoo's settings, on the episodes that ours is evaluated on; logs nothing."""
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -89,7 +91,6 @@ def train_sb3(env_id: str, seed: int, folder: Path) -> float:
     envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99)) if normalize else envs
     model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
     model.learn(script_for(env_id).preset(env_id).total_timesteps)
-    model.save(folder / "model")
     env, returns = gym.make(env_id), []
     for episode in range(100):
         obs, _ = env.reset(seed=1_000_000 + episode)
@@ -104,18 +105,21 @@ def train_sb3(env_id: str, seed: int, folder: Path) -> float:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if not RESULTS.exists():
+        RESULTS.write_text("environment,who,seed,mean\n")
+    with RESULTS.open(newline="") as file:
+        means = {(env_id, who, int(seed)): float(mean) for env_id, who, seed, mean in list(csv.reader(file))[1:]}
     print("| environment | steps | ours, per seed | ours | SB3, per seed | SB3 |")
     print("| --- " * 6 + "|", flush=True)
     for env_id in args.envs:
         cells = []
-        for train in (train_ours, train_sb3)[: 1 + args.sb3]:
-            results = []
+        for who, train in [("ours", train_ours), ("SB3", train_sb3)][: 1 + args.sb3]:
             for seed in args.seeds:
-                folder = args.folder / train.__name__ / env_id / str(seed)
-                if not (folder / "mean").exists():
-                    folder.mkdir(parents=True, exist_ok=True)
-                    (folder / "mean").write_text(f"{train(env_id, seed, folder)}\n")
-                results.append(float((folder / "mean").read_text()))
+                if (run := (env_id, who, seed)) not in means:
+                    means[run] = round(train(env_id, seed, args.log_dir), 1)
+                    with RESULTS.open("a", newline="") as file:
+                        csv.writer(file, lineterminator="\n").writerow([*run, means[run]])
+            results = [means[env_id, who, seed] for seed in args.seeds]
             cells += [" ".join(f"{result:.1f}" for result in results), f"{np.mean(results):.1f}"]
         steps = script_for(env_id).preset(env_id).total_timesteps
         print(f"| {env_id} | {steps} | " + " | ".join(cells) + " |", flush=True)
