@@ -155,8 +155,8 @@ PRESETS = {
         "log_std_init": -0.5,
     },
     "Pendulum-v1": {
-        "total_timesteps": 200_000, "num_steps": 64, "learning_rate": 2e-3, "num_minibatches": 8, "gamma": 0.95,
-        "gae_lambda": 0.95, "ent_coef": 0.02,
+        "total_timesteps": 200_000, "num_steps": 64, "learning_rate": 1e-3, "num_minibatches": 8, "gamma": 0.98,
+        "gae_lambda": 0.9, "ent_coef": 0.02, "hidden_size": 128, "log_std_init": 0.5,
     },
     "HalfCheetah-v5": {
         "num_envs": 8, "num_steps": 128, "learning_rate": 2e-4, "num_minibatches": 8, "gamma": 0.98,
