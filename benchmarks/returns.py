@@ -4,7 +4,8 @@
 
 Ours runs with the settings that ``--env-id`` picks, SB3 with those of its zoo and as many environment steps. Each
 figure is the mean over 100 unseen episodes, of the environment's own reward, the policy played without noise. What a
-run gave is kept in returns.csv, beside this file, and not trained again: delete its line to have it anew.
+run gave is kept in returns.csv, beside this file, and not trained again: delete its line to have it anew, as after a
+change of its settings.
 """
 
 import csv
@@ -58,8 +59,6 @@ class Args:
     """one run each"""
     sb3: bool = True
     """train Stable-Baselines3 too"""
-    log_dir: Path = Path("runs/returns")
-    """where the folders of our runs go"""
 
 
 def script_for(env_id: str):
@@ -67,16 +66,16 @@ def script_for(env_id: str):
     return ppo_cartpole if isinstance(gym.make(env_id).action_space, gym.spaces.Discrete) else ppo_continuous_mlp
 
 
-def train_ours(env_id: str, seed: int, log_dir: Path) -> float:
+def train_ours(env_id: str, seed: int) -> float:
     """Mean return that the script prints at the end of a run."""
     command = [sys.executable, script_for(env_id).__file__, "--env-id", env_id, "--seed", str(seed)]
-    command += ["--log-dir", str(log_dir)]
+    command += ["--log-dir", "runs/returns"]
     lines = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
     return next(float(line.split()[2]) for line in lines if line.startswith("evaluation:"))
 
 
-def train_sb3(env_id: str, seed: int, log_dir: Path) -> float:
-    """Mean return of SB3's PPO under the zoo's settings, on the episodes that ours is evaluated on; logs nothing."""
+def train_sb3(env_id: str, seed: int) -> float:
+    """Mean return of SB3's PPO under the zoo's settings, on the episodes that ours is evaluated on."""
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -116,7 +115,7 @@ def main() -> None:
         for who, train in [("ours", train_ours), ("SB3", train_sb3)][: 1 + args.sb3]:
             for seed in args.seeds:
                 if (run := (env_id, who, seed)) not in means:
-                    means[run] = round(train(env_id, seed, args.log_dir), 1)
+                    means[run] = round(train(env_id, seed), 1)
                     with RESULTS.open("a", newline="") as file:
                         csv.writer(file, lineterminator="\n").writerow([*run, means[run]])
             results = [means[env_id, who, seed] for seed in args.seeds]
