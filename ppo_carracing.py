@@ -687,8 +687,8 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """``array`` as a tensor on ``device``; to a GPU through pinned memory, so that nobody waits for the copy."""
-    tensor = torch.from_numpy(array)
+    """``array`` as a tensor of a rollout's type; to a GPU through pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -115,6 +115,8 @@ class Args:
     """gradients are scaled down to this norm"""
     target_kl: float | None = None
     """end an update after the epoch whose approx_kl exceeds this"""
+    norm_obs: bool = False
+    """shift and scale observations by their running mean and standard deviation"""
     norm_reward: bool = False
     """divide rewards by the running standard deviation of the discounted return"""
     reward_scale: float = 0.1
@@ -145,10 +147,13 @@ class Args:
 
 # What other environments want; a flag on the command line wins.
 PRESETS = {
-    "Acrobot-v1": {"total_timesteps": 500_000, "num_envs": 16, "num_steps": 128, "learning_rate": 1e-3},
+    "Acrobot-v1": {
+        "total_timesteps": 500_000, "num_envs": 16, "num_steps": 128, "learning_rate": 1e-3, "norm_obs": True,
+    },
     "LunarLander-v3": {
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 512, "learning_rate": 1e-3, "num_minibatches": 16,
-        "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01, "norm_reward": True, "reward_scale": 1.0,
+        "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01, "norm_obs": True, "norm_reward": True,
+        "reward_scale": 1.0,
     },
 }  # fmt: skip
 
@@ -297,12 +302,12 @@ class RunningNorm(nn.Module):
         self.register_buffer("scale", torch.ones(shape))  # 1 / std, ready for every step
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x.float() - self.mean) * self.scale).clamp(-10, 10)
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Merges the statistics of ``x [..., *shape]`` into the running ones (Chan et al. 1979)."""
-        x = x.reshape(-1, *self.mean.shape).float()
+        x = x.reshape(-1, *self.mean.shape)
         mean = averaged(x.mean(0))
         var = averaged(((x - mean) ** 2).mean(0))
         count = len(x) * num_ranks()
@@ -334,7 +339,7 @@ class Agent(nn.Module):
             first, second = nn.Linear(observation_space.shape[0], 64), nn.Linear(64, 64)
             return nn.Sequential(layer_init(first), nn.Tanh(), layer_init(second), nn.Tanh())
 
-        self.obs_norm = RunningNorm(observation_space.shape)
+        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else nn.Identity()
         self.actor_trunk = trunk()
         self.critic_trunk = self.actor_trunk if args.share_backbone else trunk()
         self.actor = layer_init(nn.Linear(64, int(action_space.n)), std=0.01)
@@ -369,7 +374,8 @@ class Agent(nn.Module):
 
     def observe(self, obs: Tensor) -> None:
         """Takes a rollout's observations into the statistics that normalise the next ones."""
-        self.obs_norm.update(obs)
+        if isinstance(self.obs_norm, RunningNorm):
+            self.obs_norm.update(obs)
 
     def calibrate(self, args: Args, device: torch.device) -> None:
         """Nothing to set after training: the policy that was trained is the one that is played."""
@@ -486,8 +492,8 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """``array`` as a tensor on ``device``; to a GPU through pinned memory, so that nobody waits for the copy."""
-    tensor = torch.from_numpy(array)
+    """``array`` as a tensor of a rollout's type; to a GPU through pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -115,6 +115,8 @@ class Args:
     """gradients are scaled down to this norm"""
     target_kl: float | None = None
     """end an update after the epoch whose approx_kl exceeds this"""
+    norm_obs: bool = True
+    """shift and scale observations by their running mean and standard deviation"""
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
     reward_scale: float = 1.0
@@ -316,12 +318,12 @@ class RunningNorm(nn.Module):
         self.register_buffer("scale", torch.ones(shape))  # 1 / std, ready for every step
 
     def forward(self, x: Tensor) -> Tensor:
-        return ((x.float() - self.mean) * self.scale).clamp(-10, 10)
+        return ((x - self.mean) * self.scale).clamp(-10, 10)
 
     @torch.no_grad()
     def update(self, x: Tensor) -> None:
         """Merges the statistics of ``x [..., *shape]`` into the running ones (Chan et al. 1979)."""
-        x = x.reshape(-1, *self.mean.shape).float()
+        x = x.reshape(-1, *self.mean.shape)
         mean = averaged(x.mean(0))
         var = averaged(((x - mean) ** 2).mean(0))
         count = len(x) * num_ranks()
@@ -359,7 +361,7 @@ class Agent(nn.Module):
             first, second = nn.Linear(observation_space.shape[0], width), nn.Linear(width, width)
             return nn.Sequential(layer_init(first), nn.Tanh(), layer_init(second), nn.Tanh())
 
-        self.obs_norm = RunningNorm(observation_space.shape)
+        self.obs_norm = RunningNorm(observation_space.shape) if args.norm_obs else nn.Identity()
         self.actor_mean = nn.Sequential(trunk(), layer_init(nn.Linear(width, num_actions), std=0.01))
         self.actor_logstd = nn.Parameter(torch.full((num_actions,), args.log_std_init))
         self.critic = nn.Sequential(trunk(), layer_init(nn.Linear(width, 1), std=1.0))
@@ -394,7 +396,8 @@ class Agent(nn.Module):
 
     def observe(self, obs: Tensor) -> None:
         """Takes a rollout's observations into the statistics that normalise the next ones."""
-        self.obs_norm.update(obs)
+        if isinstance(self.obs_norm, RunningNorm):
+            self.obs_norm.update(obs)
 
     def calibrate(self, args: Args, device: torch.device) -> None:
         """Nothing to set after training: the policy that was trained is the one that is played."""
@@ -512,8 +515,8 @@ def make_rollout(args: Args, envs: gym.vector.VectorEnv, device: torch.device) -
 
 
 def to_device(array: np.ndarray, device: torch.device) -> Tensor:
-    """``array`` as a tensor on ``device``; to a GPU through pinned memory, so that nobody waits for the copy."""
-    tensor = torch.from_numpy(array)
+    """``array`` as a tensor of a rollout's type; to a GPU through pinned memory, so that nobody waits for the copy."""
+    tensor = torch.from_numpy(array if array.dtype == np.uint8 else array.astype(np.float32, copy=False))
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor
 
 

@@ -46,7 +46,7 @@ def finished(process, seconds=240):
 
 def test_two_ranks_learn_cartpole_with_the_same_weights_and_one_writes(tmp_path):
     program = WITNESS.format(root=str(ROOT), script="ppo_cartpole")
-    process = start(tmp_path, program, "--total-timesteps", "30720", "--eval-episodes", "20")
+    process = start(tmp_path, program, "--total-timesteps", "30720", "--eval-episodes", "20", "--norm-obs")
     output = finished(process)
     assert process.returncode == 0, output
     first, second = (torch.load(tmp_path / f"weights{rank}.pt") for rank in range(2))

@@ -185,11 +185,23 @@ def test_checkpoint_round_trip(script, tmp_path):
 
 
 def test_normalisation_is_part_of_the_checkpoint(mlp_script, tmp_path):
-    folder = mlp_script.train(tiny_args(mlp_script, tmp_path, norm_reward=True))
+    folder = mlp_script.train(tiny_args(mlp_script, tmp_path, norm_obs=True, norm_reward=True))
     saved = weights(folder)
     assert saved["obs_norm.count"] == 64 and (saved["obs_norm.var"] != 1).any()
     checkpoint = torch.load(folder / "latest.pt", weights_only=True)
     assert checkpoint["return_rms"]["count"] == pytest.approx(100 + 64)
+
+
+def test_without_norm_obs_the_networks_see_what_the_environments_show(mlp_script, tmp_path):
+    args = tiny_args(mlp_script, tmp_path, norm_obs=False)
+    assert not any(name.startswith("obs_norm") for name in weights(mlp_script.train(args)))
+    envs = mlp_script.make_envs(args, 2, training=True)
+    agent = mlp_script.make_agent(args, envs, torch.device("cpu"))
+    large = np.full((2, *envs.single_observation_space.shape), 1e3, np.float64)
+    shown = mlp_script.to_device(large, torch.device("cpu"))
+    assert shown.dtype == torch.float32 and torch.equal(agent.obs_norm(shown), shown)
+    assert agent.get_value(shown).isfinite().all()
+    envs.close()
 
 
 class Bomb:
