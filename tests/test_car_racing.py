@@ -216,20 +216,6 @@ def test_the_stock_env_plays_the_same(tmp_path):
         assert np.array_equal(obs, stock_obs) and rest == stock_rest
 
 
-def test_every_second_training_episode_is_driven_in_a_mirror(tmp_path):
-    """The same pixels and rewards for the opposite steering, the other way round."""
-    mirror = ppo_carracing.Mirror(ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=False).env)
-    plain = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=False).env
-    rng = np.random.default_rng(1)
-    for side in (1, -1, 1):
-        assert np.array_equal(plain.reset(seed=9)[0][:, ::side], mirror.reset(seed=9)[0])
-        for _ in range(30):
-            action = rng.uniform(plain.action_space.low, plain.action_space.high).astype(np.float32)
-            (obs, *rest), (mirrored, *mirrored_rest) = (plain.step(action), mirror.step(action * np.float32([side, 1])))
-            assert np.array_equal(obs[:, ::side], mirrored) and rest == mirrored_rest
-        assert not np.array_equal(obs, obs[:, ::-1])
-
-
 class Straight(gym.Env):
     """Keeps the actions that it is given."""
 
@@ -255,7 +241,7 @@ def test_gusts_push_the_steering_now_and_then_and_the_lever_all_the_time():
     assert 0.83 <= taken[:, 1].min() < 0.835 and 0.965 < taken[:, 1].max() <= 0.97001
     shifts = np.count_nonzero(np.diff(taken[:, 1]))
     assert shifts / len(taken) == pytest.approx(0.02, rel=0.15)
-    assert 0.29 < taken[:, 0].min() < 0.35 and taken[:, 0].max() == 1
+    assert 0.69999 < taken[:, 0].min() < 0.71 and 0.89 < taken[:, 0].max() < 0.90001
     pushed = np.flatnonzero(taken[:, 0] != np.float32(0.8))
     assert len(pushed) / len(taken) == pytest.approx(0.01 * 4.5 / (1 + 0.01 * 3.5), rel=0.15)
     gaps = np.flatnonzero(np.diff(pushed) > 1)
@@ -298,7 +284,7 @@ def test_one_lever_works_both_pedals(tmp_path, calm, training):
         assert (wheel.gas, wheel.brake) == pytest.approx((gas, brake))
 
 
-@pytest.mark.parametrize("best, bend, expected", [(-0.03, -1e4, -0.03), (0.1, -1e4, 0.02), (-0.03, 1e4, 0.02)])
+@pytest.mark.parametrize("best, bend, expected", [(-0.03, -1e4, -0.03), (0.1, -1e4, 0.1), (-0.03, 0, 0)])
 def test_calibration_finds_the_trim(tmp_path, monkeypatch, best, bend, expected):
     """The peak of the mean return on training's first seeds, a quarter as many as an evaluation plays."""
     played = []

@@ -80,12 +80,24 @@ def test_evaluation_plays_without_noise_and_within_the_space(name):
     policy = distribution(name, agent, obs)
     expected = policy.probs.argmax(-1) if name == "ppo_cartpole" else policy.mean
     if name == "ppo_carracing":
-        expected = torch.stack([expected[:, 0], expected[:, 1] + agent.trim], dim=-1)
-        assert agent.trim < 0 and (expected[:, 1] > 0).any() and (expected[:, 1] < 0).any()
+        agent.trim.fill_(-0.3)
+        expected, action = torch.stack([expected[:, 0], expected[:, 1] - 0.3], dim=-1), agent.act(obs)
+        assert (expected[:, 1] > 0).any() and (expected[:, 1] < 0).any()
         expected = expected.clamp(0, 1)
     torch.testing.assert_close(action, expected)
     for sampled in (action, agent.sample(obs)):
         assert all(SPACES[name][1].contains(a) for a in agent.env_action(sampled.detach()))
+
+
+def test_in_a_mirror_the_driver_steers_the_other_way():
+    """And nothing else differs: the lever, the value, how sure the policy is."""
+    agent, obs = make_agent("ppo_carracing"), some_obs("ppo_carracing")
+    seen, mirrored = (agent.policy(agent.features(frames)) for frames in (obs, obs.flip(-1)))
+    torch.testing.assert_close(mirrored.mean[:, 0], 1 - seen.mean[:, 0])
+    assert (seen.mean[:, 0] - 0.5).abs().max() > 0.01
+    torch.testing.assert_close(mirrored.mean[:, 1], seen.mean[:, 1])
+    torch.testing.assert_close(mirrored.entropy(), seen.entropy())
+    torch.testing.assert_close(agent.get_value(obs.flip(-1)), agent.get_value(obs))
 
 
 def test_normal_clips_for_the_environment_only():
