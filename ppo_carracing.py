@@ -289,7 +289,7 @@ class ActionRepeat(gym.Wrapper):
 
     def __init__(self, env: gym.Env, repeat: int, patience: int | None):
         super().__init__(env)
-        self.repeat, self.patience, self.idle = repeat, patience, 0
+        self.repeat, self.patience, self.idle, self.missed, self.passed_over = repeat, patience, 0, 0, 0
 
     @property
     def lost(self) -> bool:
@@ -297,7 +297,7 @@ class ActionRepeat(gym.Wrapper):
         return self.idle >= self.patience
 
     def reset(self, **kwargs):
-        self.idle, self.unwrapped.draw = 0, True
+        self.idle, self.missed, self.unwrapped.draw = 0, 0, True
         return self.env.reset(**kwargs)
 
     def step(self, action: np.ndarray):
@@ -313,6 +313,9 @@ class ActionRepeat(gym.Wrapper):
             if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
                 terminated, truncated = False, True
             terminated = terminated or self.lost
+            visited = np.flatnonzero([tile.road_visited for tile in self.unwrapped.road])
+            missed = visited.max(initial=-1) + 1 - len(visited)  # behind the farthest one
+            self.missed, self.passed_over = missed, missed - self.missed
         if not self.unwrapped.draw:  # ended early: the last observation is one that nobody has drawn yet
             self.unwrapped.draw = True
             obs = self.unwrapped._render("state_pixels")
@@ -382,14 +385,16 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
     env = repeat = ActionRepeat(env, args.action_repeat, args.patience if training else None)
     if training:
         # Discounted, a tenth more speed is worth a tenth more return and a lost track costs seconds of it; in the
-        # score, speed is worth little and a lost track half a lap. So a wheel on the grass costs a point, a lost track
-        # 300. And a tile is worth the same on each track: 1000 / their number, which nobody sees, is what no critic can
-        # foresee. All this comes after the returns are recorded: none that is reported contains it.
+        # score, speed is worth little, a lost track half a lap, and a single tile missed costs the lap's early end. So
+        # a wheel on the grass costs a point, a tile passed over 10, a lost track 300. And a tile is worth the same on
+        # each track: 1000 / their number, which nobody sees, is what no critic can foresee. All this comes after the
+        # returns are recorded: none that is reported contains it.
         env, racing = gym.wrappers.RecordEpisodeStatistics(env), env.unwrapped
 
         def shaped(reward: float) -> float:
             grass = sum(not wheel.tiles for wheel in racing.car.wheels)
-            return reward * len(racing.track) / 300 - grass - 300 * repeat.lost
+            missed = min(10 * repeat.passed_over, 300)
+            return reward * len(racing.track) / 300 - grass - missed - 300 * repeat.lost
 
         env = gym.wrappers.TransformReward(env, shaped)
     # One lever works both pedals, from a fifth of the brake (0) to full gas (1): noise on it is felt, and each place of

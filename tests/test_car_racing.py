@@ -156,7 +156,8 @@ def test_the_end_of_a_lap_is_a_truncation_in_training_only(tmp_path, training, e
     if end == "lap finished":
         racing.new_lap = True
     elif end == "last tile":
-        racing.road[-1].road_visited = True
+        for tile in racing.road[:100] + racing.road[101:]:
+            tile.road_visited = True
     else:
         racing.car.hull.position = (340, 0)
     _, reward, terminated, truncated, info = env.step(LEVER)
@@ -247,6 +248,22 @@ def test_gusts_push_the_steering_now_and_then_and_the_lever_all_the_time():
     gaps = np.flatnonzero(np.diff(pushed) > 1)
     lengths = np.diff(np.concatenate([[-1], gaps, [len(pushed) - 1]]))
     assert lengths.min() == 2 and np.mean(lengths <= 7) > 0.9  # two may follow each other
+
+
+def test_a_tile_passed_over_costs_ten_points_in_training(tmp_path, calm):
+    """Not more than a lost track does, however many; and they come back to who visits it after all."""
+    env, twin = (ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True) for _ in range(2))
+    for farthest in (9, 90):
+        env.reset(seed=3), twin.reset(seed=3)
+        env.step(LEVER), twin.step(LEVER)
+        road = env.unwrapped.road
+        road[farthest].road_visited = True
+        missed = sum(not tile.road_visited for tile in road[:farthest])
+        assert missed >= 5
+        assert env.step(LEVER)[1] == pytest.approx(twin.step(LEVER)[1] - min(10 * missed, 300))
+        for tile in road[:farthest]:
+            tile.road_visited = True
+        assert env.step(LEVER)[1] > 5 * missed
 
 
 def test_the_wheel_goes_seven_tenths_of_the_way():
