@@ -284,12 +284,14 @@ class ActionRepeat(gym.Wrapper):
     a termination: whoever got lost earns nothing more. (Seen from a visited road, the critic would expect tiles.) The
     end of a lap is a truncation: the pixels don't show it coming, so as a termination it would be a loss out of the
     blue, of all the tiles ahead, and one that slow drivers are spared by the time limit, which truncates. And the last
-    tile ends every lap; the environment's own goes on, unrewarded and unseen, where any other tile was missed.
+    tile ends every lap; the environment's own goes on, unrewarded and unseen, where any other tile was missed. How many
+    tiles a step passed over is counted, for a price; a visit after all takes it back.
     """
 
     def __init__(self, env: gym.Env, repeat: int, patience: int | None):
         super().__init__(env)
-        self.repeat, self.patience, self.idle, self.missed, self.passed_over = repeat, patience, 0, 0, 0
+        self.repeat, self.patience = repeat, patience
+        self.idle = self.missed = self.passed_over = 0
 
     @property
     def lost(self) -> bool:
@@ -314,7 +316,7 @@ class ActionRepeat(gym.Wrapper):
                 terminated, truncated = False, True
             terminated = terminated or self.lost
             visited = np.flatnonzero([tile.road_visited for tile in self.unwrapped.road])
-            missed = visited.max(initial=-1) + 1 - len(visited)  # behind the farthest one
+            missed = visited.max(initial=-1) + 1 - len(visited)  # those behind the farthest visited one
             self.missed, self.passed_over = missed, missed - self.missed
         if not self.unwrapped.draw:  # ended early: the last observation is one that nobody has drawn yet
             self.unwrapped.draw = True
