@@ -340,7 +340,7 @@ def test_memory_and_files_stay_flat(mlp_script, tmp_path, monkeypatch):
     mlp_script.train(replace(args, update_epochs=1, num_minibatches=1))
     memory, files = np.array(seen).T
     growth = memory[199::100] - memory[99:-100:100]  # a leak shows in each hundred, what is allocated once in one
-    assert len(growth) == 3 and min(growth) < 5e5 and files[-1] == files[100]
+    assert len(growth) == 3 and min(growth) < 5e5 and files[-1] <= files[100]  # an older one may be closed at last
 
 
 @settings(max_examples=300, deadline=None)
