@@ -148,7 +148,8 @@ class Args:
 # What other environments want; a flag on the command line wins.
 PRESETS = {
     "Acrobot-v1": {
-        "total_timesteps": 500_000, "num_envs": 16, "num_steps": 128, "learning_rate": 1e-3, "norm_obs": True,
+        "total_timesteps": 500_000, "num_envs": 16, "num_steps": 128, "learning_rate": 1e-3, "num_minibatches": 16,
+        "gamma": 0.999, "gae_lambda": 0.98,
     },
     "LunarLander-v3": {
         "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 512, "learning_rate": 1e-3, "num_minibatches": 16,
