@@ -108,11 +108,12 @@ def main() -> None:
         RESULTS.write_text("environment,who,seed,mean\n")
     with RESULTS.open(newline="") as file:
         means = {(env_id, who, int(seed)): float(mean) for env_id, who, seed, mean in list(csv.reader(file))[1:]}
-    print("| environment | steps | ours, per seed | ours | SB3, per seed | SB3 |")
-    print("| --- " * 6 + "|", flush=True)
+    rivals = [("ours", train_ours), ("SB3", train_sb3)][: 1 + args.sb3]
+    print("| environment | steps |" + "".join(f" {who}, per seed | {who} |" for who, _ in rivals))
+    print("| --- " * (2 + 2 * len(rivals)) + "|", flush=True)
     for env_id in args.envs:
         cells = []
-        for who, train in [("ours", train_ours), ("SB3", train_sb3)][: 1 + args.sb3]:
+        for who, train in rivals:
             for seed in args.seeds:
                 if (run := (env_id, who, seed)) not in means:
                     means[run] = round(train(env_id, seed), 1)

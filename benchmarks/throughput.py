@@ -6,7 +6,7 @@ actions and does nothing else. "Native" is the floor of CartPole's own vector en
 offer: its step after an episode's end must not be learned from. All take turns, each in a process of its own, torch on
 one thread (which is the fastest for all of them). Speeds and ratios are medians over the rounds, after imports and the
 making of environments. "Collecting" is the time that ours takes for the steps alone, policy included, in multiples of
-the floor's.
+the floor's. "Compiled" is ours with --compile, after the first iteration, which is when it compiles.
 """
 
 import os
@@ -40,7 +40,7 @@ class Settings:
 @dataclass
 class Args:
     what: str = "all"
-    """ours, sb3, plain, floor or native: measures this one once; all: the table"""
+    """ours, compiled, sb3, plain, floor or native: measures this one once; all: the table"""
     setting: int = 0
     """which of SETTINGS"""
     rounds: int = 3
@@ -51,8 +51,8 @@ SETTINGS = [Settings("CartPole-v1", 4, 128, 4, 4, 60), Settings("LunarLanderCont
 SETTINGS += [Settings("CartPole-v1", num_envs, 128, 4, 4, 40) for num_envs in (1, 16, 64, 256)]
 
 
-def ours(s: Settings) -> float:
-    """Steps per second of the script that fits, whose own clock starts when the environments stand."""
+def ours(s: Settings, compile: bool = False) -> float:
+    """Steps per second of the script that fits: by its own clock, which starts when the environments stand."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     import ppo_cartpole
@@ -60,13 +60,15 @@ def ours(s: Settings) -> float:
 
     script = ppo_continuous_mlp if "Continuous" in s.env_id else ppo_cartpole
     with tempfile.TemporaryDirectory() as folder:
-        sizes = vars(s) | {"total_timesteps": s.iterations * s.num_envs * s.num_steps}
+        sizes = vars(s) | {"total_timesteps": s.iterations * s.num_envs * s.num_steps, "compile": compile}
         del sizes["iterations"]
         run = script.train(script.Args(**sizes, cuda=False, num_threads=1, eval_episodes=1, log_dir=Path(folder)))
         log = EventAccumulator(str(run)).Reload()
-    speed = log.Scalars("charts/SPS")[-1].value
-    print(speed / np.median([point.value for point in log.Scalars("time/collect_fraction")]))
-    return speed
+    first, *_, last = log.Scalars("charts/SPS")
+    if compile:
+        return (last.step - first.step) / (last.wall_time - first.wall_time)
+    print(last.value / np.median([point.value for point in log.Scalars("time/collect_fraction")]))
+    return last.value
 
 
 def sb3(s: Settings) -> float:
@@ -176,7 +178,7 @@ def floor(s: Settings, mode: str = "sync") -> float:
     return steps * s.num_envs / (time.perf_counter() - start)
 
 
-MEASURES = {"ours": ours, "sb3": sb3, "plain": plain, "floor": floor}
+MEASURES = {"ours": ours, "compiled": partial(ours, compile=True), "sb3": sb3, "plain": plain, "floor": floor}
 MEASURES["native"] = partial(floor, mode="vector_entry_point")
 
 
@@ -186,8 +188,8 @@ def main() -> None:
         torch.set_num_threads(1)
         print(MEASURES[args.what](SETTINGS[args.setting]))
         return
-    print("| environment | envs | ours, steps/s | x SB3 | x plain | floor, steps/s | collecting, x floor | native |")
-    print("| --- " * 8 + "|")
+    print("| environment | envs | ours, steps/s | x SB3 | x plain | compiled, steps/s | x SB3 | x plain | ", end="")
+    print("floor, steps/s | collecting, x floor | native |\n" + "| --- " * 11 + "|")
     for index, s in enumerate(SETTINGS):
         speeds, collecting = {name: [] for name in MEASURES}, []
         for _ in range(args.rounds):
@@ -199,11 +201,13 @@ def main() -> None:
                 values.append(float(lines[-1]))
                 if name == "ours":
                     collecting.append(float(lines[-2]))
-        ratios = [np.median(np.array(speeds["ours"]) / speeds[name]) for name in ("sb3", "plain")]
+        cells = []
+        for name in ("ours", "compiled"):
+            ratios = [np.median(np.array(speeds[name]) / speeds[peer]) for peer in ("sb3", "plain")]
+            cells += [f"{np.median(speeds[name]):.0f}", *(f"{ratio:.1f}" for ratio in ratios)]
         print(
-            f"| {s.env_id} | {s.num_envs} | {np.median(speeds['ours']):.0f} | {ratios[0]:.1f} | {ratios[1]:.1f} | "
-            f"{np.median(speeds['floor']):.0f} | {np.median(np.array(speeds['floor']) / collecting):.2f} | "
-            f"{np.median(speeds['native']):.0f} |",
+            f"| {s.env_id} | {s.num_envs} | {' | '.join(cells)} | {np.median(speeds['floor']):.0f} | "
+            f"{np.median(np.array(speeds['floor']) / collecting):.2f} | {np.median(speeds['native']):.0f} |",
             flush=True,
         )
 
