@@ -87,7 +87,7 @@ class Args:
     """environment steps in all"""
     learning_rate: float = 1e-3
     """Adam's step size at the start"""
-    num_steps: int = 256
+    num_steps: int = 512
     """steps per environment and rollout"""
     anneal_lr: bool = True
     """lower the learning rate linearly to 0"""
@@ -97,7 +97,7 @@ class Args:
     """discount factor"""
     gae_lambda: float = 0.98
     """lambda of the advantage estimator: 0 trusts the critic, 1 the sampled return"""
-    num_minibatches: int = 16
+    num_minibatches: int = 32
     """minibatches per epoch"""
     update_epochs: int = 10
     """passes over each rollout"""
@@ -153,7 +153,7 @@ PRESETS = {
         "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999,
     },
     "BipedalWalker-v3": {
-        "total_timesteps": 3_000_000, "num_steps": 512, "learning_rate": 7e-4, "gamma": 0.99, "gae_lambda": 0.95,
+        "total_timesteps": 3_000_000, "learning_rate": 7e-4, "num_minibatches": 16, "gamma": 0.99, "gae_lambda": 0.95,
         "log_std_init": -0.5,
     },
     "Pendulum-v1": {
@@ -165,7 +165,7 @@ PRESETS = {
         "gae_lambda": 0.92, "log_std_init": -2.0,
     },
     "Hopper-v5": {
-        "num_envs": 8, "learning_rate": 3e-4, "num_minibatches": 32, "gamma": 0.99, "gae_lambda": 0.95,
+        "num_envs": 8, "num_steps": 256, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95,
     },
     "Walker2d-v5": {
         "num_envs": 8, "num_steps": 128, "learning_rate": 3e-4, "num_minibatches": 8, "gamma": 0.99,
