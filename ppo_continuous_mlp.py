@@ -471,15 +471,18 @@ def ppo_loss(
         value_loss = torch.max(value_loss, (moved - returns) ** 2)
     value_loss = 0.5 * value_loss.mean()
     entropy = entropy.mean()
-    loss = policy_loss + vf_coef * value_loss - ent_coef * entropy
-    stats = {
-        "policy_loss": policy_loss,
-        "value_loss": value_loss,
-        "entropy": entropy,
-        "old_approx_kl": -logratio.mean(),
-        "approx_kl": ((ratio - 1) - logratio).mean(),
-        "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
-    }
+    loss = policy_loss + vf_coef * value_loss
+    if ent_coef:  # at 0 it would be differentiated for nothing
+        loss = loss - ent_coef * entropy
+    with torch.no_grad():
+        stats = {
+            "policy_loss": policy_loss,
+            "value_loss": value_loss,
+            "entropy": entropy,
+            "old_approx_kl": -logratio.mean(),
+            "approx_kl": ((ratio - 1) - logratio).mean(),
+            "clipfrac": ((ratio - 1).abs() > clip_coef).float().mean(),
+        }
     return loss, {name: value.detach() for name, value in stats.items()}
 
 
