@@ -347,8 +347,8 @@ class Gusts(gym.Wrapper):
 class Smooth(gym.ActionWrapper):
     """Turns the wheel seven tenths of the way to where it is steered. For evaluation: a calm hand on a nervous driver.
 
-    Who learns under noise learns to correct at once, in jerks. Without noise they have nothing to correct: they slow
-    the car down and make it cut a tile here and there, of which a single one costs a lap its end, some ten points.
+    Who learns under noise learns to correct at once, in jerks. Without noise they have nothing to correct: they can
+    slow the car down and make it cut a tile, of which a single one costs a lap its end, some ten points.
     """
 
     share, wheel = 0.7, 0.0
