@@ -16,9 +16,8 @@ LEVER = np.float32([0.1, 0.5])  # the same, as the agent says it
 
 @pytest.fixture
 def calm(monkeypatch):
-    """Nothing pushes the steering or the lever, and the wheel follows at once."""
+    """Nothing pushes the steering or the lever."""
     monkeypatch.setattr(ppo_carracing.Gusts, "chance", 0.0)
-    monkeypatch.setattr(ppo_carracing.Smooth, "share", 1.0)
 
 
 def fast_env(**kwargs):
@@ -285,27 +284,13 @@ def test_a_tile_passed_over_costs_twenty_points_in_training(tmp_path, calm):
         assert env.step(LEVER)[1] > 10 * missed
 
 
-def test_the_wheel_goes_seven_tenths_of_the_way():
-    """What is left of a turn shrinks to 0.3 of itself each step; an episode starts with the wheel straight."""
-    env = ppo_carracing.Smooth(Straight())
-    for _ in range(2):
-        env.reset()
-        for steering in (0.8, 0.8, 0.8, -0.8):
-            env.step(np.float32([steering, 0.9]))
-        wheel = [0.8 * 0.7, 0.8 * (1 - 0.3**2), 0.8 * (1 - 0.3**3), -0.8 + 0.3 * 0.8 * (2 - 0.3**3)]
-        taken = np.stack(env.env.taken)
-        assert taken.dtype == np.float32
-        assert taken == pytest.approx(np.stack([wheel, [0.9] * 4], axis=1))
-
-
-def test_gusts_blow_in_training_only_and_the_hand_is_calm_in_evaluation_only(tmp_path):
+def test_gusts_blow_in_training_only(tmp_path):
     def chain(env):
         return [type(env)] + (chain(env.env) if isinstance(env, gym.Wrapper) else [])
 
     for training in (True, False):
         env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
         assert (ppo_carracing.Gusts in chain(env)) == training
-        assert (ppo_carracing.Smooth in chain(env)) != training
 
 
 @pytest.mark.parametrize("training", [True, False])
