@@ -94,7 +94,7 @@ class Args:
     """frames that each action is held for; every step counted here is as many frames"""
     frame_stack: int = 4
     """frames that the agent sees at once"""
-    patience: int = 100
+    patience: int = 150
     """a training episode is over after this many frames without a new tile (an evaluation's never is)"""
 
     # PPO
@@ -325,7 +325,7 @@ class ActionRepeat(gym.Wrapper):
 
 
 class Gusts(gym.Wrapper):
-    """Pushes the steering a little for 2 to 7 steps now and then; and the lever, always, a bit.
+    """Pushes the steering a little for 2 to 7 steps now and then; and the lever, always, a bit; and rarely spins the car.
 
     A policy that explores with little noise meets little; without noise, it is lost where it has never been. Here it
     learns to mend what it didn't do. (Harder pushes teach jerks.) And it learns to look at its speed, since no place of
@@ -335,6 +335,8 @@ class Gusts(gym.Wrapper):
     chance, left, push, shift = 0.01, 0, 0.0, 0.0
 
     def step(self, action: np.ndarray):
+        if self.np_random.random() < self.chance / 5:
+            self.unwrapped.car.hull.angularVelocity += self.np_random.uniform(-8, 8)  # radians/s
         if self.np_random.random() < 2 * self.chance:
             self.shift = self.np_random.uniform(-0.07, 0.07)
         if self.left == 0 and self.np_random.random() < self.chance:
