@@ -325,7 +325,7 @@ class ActionRepeat(gym.Wrapper):
 
 
 class Gusts(gym.Wrapper):
-    """Pushes the steering a little for 2 to 7 steps now and then; and the lever, always, a bit; and rarely spins the car.
+    """Pushes the steering for 2 to 7 steps now and then; the lever, always, a bit; and spins the car every other lap.
 
     A policy that explores with little noise meets little; without noise, it is lost where it has never been. Here it
     learns to mend what it didn't do. (Harder pushes teach jerks.) And it learns to look at its speed, since no place of
@@ -496,8 +496,8 @@ class Agent(nn.Module):
         )  # fmt: skip
         self.trunk.to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(256, 2 * action_space.shape[0]), std=0.01)
-        # Little noise from the start: who learned under much of it drives otherwise without, faster into every bend. The
-        # entropy bonus keeps that little: a lever that hardly moves teaches nothing about speed.
+        # Little noise from the start: who learned under much of it drives otherwise without, faster into every bend.
+        # The entropy bonus keeps that little: a lever that hardly moves teaches nothing about speed.
         nn.init.constant_(self.actor.bias, 1.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low

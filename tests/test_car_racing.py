@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import replace
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -236,17 +237,20 @@ def test_the_stock_env_plays_the_same(tmp_path):
 
 
 class Straight(gym.Env):
-    """Keeps the actions that it is given."""
+    """Keeps the actions that it is given, and how fast its car turned; it brakes every spin at once."""
 
     action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
+    car = SimpleNamespace(hull=SimpleNamespace(angularVelocity=0.0))
 
     def reset(self, **kwargs):
         super().reset(**kwargs)
-        self.taken = []
+        self.taken, self.spins = [], []
         return 0, {}
 
     def step(self, action):
         self.taken.append(action)
+        self.spins.append(self.car.hull.angularVelocity)
+        self.car.hull.angularVelocity = 0.0
         return 0, 0.0, False, False, {}
 
 
@@ -266,6 +270,9 @@ def test_gusts_push_the_steering_now_and_then_and_the_lever_all_the_time():
     gaps = np.flatnonzero(np.diff(pushed) > 1)
     lengths = np.diff(np.concatenate([[-1], gaps, [len(pushed) - 1]]))
     assert lengths.min() == 2 and np.mean(lengths <= 7) > 0.9  # two may follow each other
+    spins = np.array(env.env.spins)[np.flatnonzero(env.env.spins)]
+    assert len(spins) / len(taken) == pytest.approx(0.002, rel=0.3)
+    assert -8 <= spins.min() < -6 and 6 < spins.max() <= 8
 
 
 def test_a_tile_passed_over_costs_twenty_points_in_training(tmp_path, calm):
