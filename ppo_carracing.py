@@ -207,7 +207,7 @@ def check_args(args: Args) -> None:
 
 
 class FastCarRacing(CarRacing):
-    """CarRacing with the same pixels, bit for bit, drawn about four times as fast.
+    """CarRacing with the same pixels, bit for bit, drawn three to four times as fast.
 
     A step of the stock environment spends 98% of its time drawing, most of that on polygons that nobody sees. With
     ``draw`` off, a step draws nothing and shows the last frame again: for frames that nobody looks at.
