@@ -497,7 +497,7 @@ class Agent(nn.Module):
         self.trunk.to(memory_format=torch.channels_last)
         self.actor = layer_init(nn.Linear(256, 2 * action_space.shape[0]), std=0.01)
         # Little noise from the start: who learned under much of it drives otherwise without, faster into every bend.
-        # The entropy bonus keeps that little: a lever that hardly moves teaches nothing about speed.
+        # The entropy bonus keeps it from dwindling: a lever that hardly moves teaches nothing about speed.
         nn.init.constant_(self.actor.bias, 1.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low
