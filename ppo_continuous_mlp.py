@@ -107,7 +107,7 @@ class Args:
     """clip range of the probability ratio at the start"""
     clip_vloss: bool = False
     """also clip how far a value may move in one update"""
-    ent_coef: float = 0.0
+    ent_coef: float = 0.005
     """weight of the entropy bonus"""
     vf_coef: float = 0.5
     """weight of the value loss"""
@@ -115,7 +115,7 @@ class Args:
     """gradients are scaled down to this norm"""
     target_kl: float | None = None
     """end an update after the epoch whose approx_kl exceeds this"""
-    norm_obs: bool = True
+    norm_obs: bool = False
     """shift and scale observations by their running mean and standard deviation"""
     norm_reward: bool = True
     """divide rewards by the running standard deviation of the discounted return"""
@@ -150,26 +150,28 @@ class Args:
 # What other environments want; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
-        "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999,
+        "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999, "ent_coef": 0.0,
+        "norm_obs": True,
     },
     "BipedalWalker-v3": {
         "total_timesteps": 3_000_000, "learning_rate": 7e-4, "num_minibatches": 16, "gamma": 0.99, "gae_lambda": 0.95,
-        "log_std_init": -0.5,
+        "ent_coef": 0.0, "norm_obs": True, "log_std_init": -0.5,
     },
     "Pendulum-v1": {
-        "total_timesteps": 200_000, "num_steps": 64, "learning_rate": 1e-3, "num_minibatches": 8, "gamma": 0.98,
-        "gae_lambda": 0.9, "ent_coef": 0.02, "hidden_size": 128, "log_std_init": 0.5,
+        "total_timesteps": 200_000, "num_steps": 64, "num_minibatches": 8, "gamma": 0.98, "gae_lambda": 0.9,
+        "ent_coef": 0.02, "norm_obs": True, "hidden_size": 128, "log_std_init": 0.5,
     },
     "HalfCheetah-v5": {
-        "num_envs": 8, "num_steps": 128, "learning_rate": 2e-4, "num_minibatches": 8, "gamma": 0.98,
-        "gae_lambda": 0.92, "log_std_init": -2.0,
+        "num_envs": 8, "learning_rate": 2e-4, "num_steps": 128, "num_minibatches": 8, "gamma": 0.98,
+        "gae_lambda": 0.92, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -2.0,
     },
     "Hopper-v5": {
-        "num_envs": 8, "num_steps": 256, "learning_rate": 3e-4, "gamma": 0.99, "gae_lambda": 0.95,
+        "num_envs": 8, "learning_rate": 3e-4, "num_steps": 256, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0,
+        "norm_obs": True,
     },
     "Walker2d-v5": {
-        "num_envs": 8, "num_steps": 128, "learning_rate": 3e-4, "num_minibatches": 8, "gamma": 0.99,
-        "gae_lambda": 0.95, "log_std_init": -1.0,
+        "num_envs": 8, "learning_rate": 3e-4, "num_steps": 128, "num_minibatches": 8, "gamma": 0.99,
+        "gae_lambda": 0.95, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -1.0,
     },
 }  # fmt: skip
 
