@@ -150,28 +150,28 @@ class Args:
 # What other environments want; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
-        "total_timesteps": 100_000, "num_steps": 128, "num_minibatches": 8, "gamma": 0.9999, "ent_coef": 0.0,
+        "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8, "ent_coef": 0.0,
         "norm_obs": True,
     },
     "BipedalWalker-v3": {
-        "total_timesteps": 3_000_000, "learning_rate": 7e-4, "num_minibatches": 16, "gamma": 0.99, "gae_lambda": 0.95,
-        "ent_coef": 0.0, "norm_obs": True, "log_std_init": -0.5,
+        "total_timesteps": 3_000_000, "learning_rate": 7e-4, "anneal_clip": False, "gamma": 0.99, "gae_lambda": 0.95,
+        "num_minibatches": 16, "ent_coef": 0.0, "log_std_init": -0.5,
     },
     "Pendulum-v1": {
-        "total_timesteps": 200_000, "num_steps": 64, "num_minibatches": 8, "gamma": 0.98, "gae_lambda": 0.9,
+        "total_timesteps": 200_000, "num_steps": 64, "gamma": 0.98, "gae_lambda": 0.9, "num_minibatches": 8,
         "ent_coef": 0.02, "norm_obs": True, "hidden_size": 128, "log_std_init": 0.5,
     },
     "HalfCheetah-v5": {
-        "num_envs": 8, "learning_rate": 2e-4, "num_steps": 128, "num_minibatches": 8, "gamma": 0.98,
-        "gae_lambda": 0.92, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -2.0,
+        "num_envs": 8, "learning_rate": 2e-4, "num_steps": 128, "gamma": 0.98, "gae_lambda": 0.92,
+        "num_minibatches": 8, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -2.0,
     },
     "Hopper-v5": {
         "num_envs": 8, "learning_rate": 3e-4, "num_steps": 256, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.0,
         "norm_obs": True,
     },
     "Walker2d-v5": {
-        "num_envs": 8, "learning_rate": 3e-4, "num_steps": 128, "num_minibatches": 8, "gamma": 0.99,
-        "gae_lambda": 0.95, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -1.0,
+        "num_envs": 8, "learning_rate": 3e-4, "num_steps": 128, "gamma": 0.99, "gae_lambda": 0.95,
+        "num_minibatches": 8, "ent_coef": 0.0, "norm_obs": True, "log_std_init": -1.0,
     },
 }  # fmt: skip
 
