@@ -154,7 +154,7 @@ PRESETS = {
         "norm_obs": True,
     },
     "BipedalWalker-v3": {
-        "total_timesteps": 3_000_000, "learning_rate": 7e-4, "anneal_clip": False, "gamma": 0.99, "gae_lambda": 0.95,
+        "total_timesteps": 3_000_000, "learning_rate": 7e-4, "gamma": 0.99, "gae_lambda": 0.95,
         "num_minibatches": 16, "ent_coef": 0.0, "log_std_init": -0.5,
     },
     "Pendulum-v1": {
