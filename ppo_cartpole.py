@@ -145,15 +145,15 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-# What other environments want; a flag on the command line wins.
+# What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "Acrobot-v1": {
-        "total_timesteps": 500_000, "num_envs": 16, "num_steps": 128, "learning_rate": 1e-3, "num_minibatches": 16,
-        "gamma": 0.999, "gae_lambda": 0.98,
+        "num_envs": 16, "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128, "gamma": 0.999,
+        "gae_lambda": 0.98, "num_minibatches": 16,
     },
     "LunarLander-v3": {
-        "total_timesteps": 1_000_000, "num_envs": 16, "num_steps": 512, "learning_rate": 1e-3, "num_minibatches": 16,
-        "gamma": 0.999, "gae_lambda": 0.98, "ent_coef": 0.01, "norm_obs": True, "norm_reward": True,
+        "num_envs": 16, "total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_steps": 512, "gamma": 0.999,
+        "gae_lambda": 0.98, "num_minibatches": 16, "ent_coef": 0.01, "norm_obs": True, "norm_reward": True,
         "reward_scale": 1.0,
     },
 }  # fmt: skip

@@ -147,7 +147,7 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-# What other environments want; a flag on the command line wins.
+# What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
         "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8, "ent_coef": 0.0,

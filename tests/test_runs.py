@@ -190,6 +190,12 @@ def test_normalisation_is_part_of_the_checkpoint(mlp_script, tmp_path):
     assert saved["obs_norm.count"] == 64 and (saved["obs_norm.var"] != 1).any()
     checkpoint = torch.load(folder / "latest.pt", weights_only=True)
     assert checkpoint["return_rms"]["count"] == pytest.approx(100 + 64)
+    checkpoint["iteration"], checkpoint["global_step"] = 2, 32  # two iterations more, which go on counting
+    mlp_script.save_checkpoint(folder / "latest.pt", checkpoint)
+    mlp_script.train(mlp_script.Args(resume=folder, cuda=False, eval_episodes=2))
+    assert weights(folder)["obs_norm.count"] == 64 + 32
+    checkpoint = torch.load(folder / "latest.pt", weights_only=True)
+    assert checkpoint["return_rms"]["count"] == pytest.approx(100 + 64 + 32)
 
 
 def test_without_norm_obs_the_networks_see_what_the_environments_show(mlp_script, tmp_path):
