@@ -22,7 +22,7 @@ def untrained_return(script, tmp_path, episodes):
 
 
 def test_cartpole(tmp_path):
-    assert trained_return(ppo_cartpole, tmp_path, total_timesteps=50_000, eval_episodes=50) >= 475
+    assert trained_return(ppo_cartpole, tmp_path, eval_episodes=50) >= 475
 
 
 def test_lunar_lander_continuous(tmp_path):

@@ -137,6 +137,7 @@ def test_resume_finishes_the_schedule(script, tmp_path):
     checkpoint["iteration"], checkpoint["global_step"] = 2, 32
     script.save_checkpoint(whole / "latest.pt", checkpoint)
     (whole / "best.pt").unlink(missing_ok=True)
+    time.sleep(1)  # TensorBoard reads a folder's files in the order of their names, which count seconds
     flags = script.Args(resume=whole, cuda=False, eval_episodes=2, log_dir=tmp_path / "elsewhere")
     assert script.train(flags) == whole
     resumed = torch.load(whole / "latest.pt", weights_only=True)
