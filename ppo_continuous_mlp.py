@@ -150,8 +150,8 @@ class Args:
 # What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
-        "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8, "ent_coef": 0.0,
-        "norm_obs": True,
+        "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8, "update_epochs": 20,
+        "ent_coef": 0.0, "norm_obs": True,
     },
     "BipedalWalker-v3": {  # under a falling clip range its noise grows again, and what is played isn't what was trained
         "total_timesteps": 3_000_000, "learning_rate": 7e-4, "anneal_clip": False, "gamma": 0.99, "gae_lambda": 0.95,
