@@ -23,7 +23,7 @@ import ppo_cartpole
 import ppo_continuous_mlp
 
 MLP_256 = {"log_std_init": -2, "ortho_init": False, "net_arch": [256, 256]}  # with ReLU, see train_sb3
-MUJOCO = {"normalize": True, "n_envs": 1, "n_steps": 512, "policy_kwargs": MLP_256}
+MUJOCO = {"normalize": True, "n_envs": 1, "n_steps": 512}
 LANDER = {"n_envs": 16, "n_steps": 1024, "gae_lambda": 0.98, "gamma": 0.999, "n_epochs": 4, "ent_coef": 0.01}
 # From rl-baselines3-zoo, hyperparams/ppo.yml, where older versions of these environments stand; else SB3's defaults.
 ZOO = {
@@ -40,9 +40,10 @@ ZOO = {
     | {"vf_coef": 0.19, "use_sde": True, "policy_kwargs": {"log_std_init": -3.29, "ortho_init": False}},
     "HalfCheetah-v5": {"batch_size": 64, "gamma": 0.98, "learning_rate": 2.0633e-5, "ent_coef": 0.000401762}
     | {"clip_range": 0.1, "n_epochs": 20, "gae_lambda": 0.92, "max_grad_norm": 0.8, "vf_coef": 0.58096}
+    | {"policy_kwargs": MLP_256}
     | MUJOCO,
     "Hopper-v5": {"batch_size": 32, "gamma": 0.999, "learning_rate": 9.80828e-5, "ent_coef": 0.00229519}
-    | {"n_epochs": 5, "gae_lambda": 0.99, "max_grad_norm": 0.7, "vf_coef": 0.835671}
+    | {"n_epochs": 5, "gae_lambda": 0.99, "max_grad_norm": 0.7, "vf_coef": 0.835671, "policy_kwargs": MLP_256}
     | MUJOCO,
     "Walker2d-v5": {"batch_size": 32, "learning_rate": 5.05041e-5, "ent_coef": 0.000585045, "clip_range": 0.1}
     | {"n_epochs": 20, "max_grad_norm": 1, "vf_coef": 0.871923}
