@@ -662,6 +662,9 @@ def pick_device(args: Args) -> torch.device:
 def join_ranks(device: torch.device) -> int:
     """Joins the other processes where torchrun started several. Returns this one's rank, 0 to num_ranks() - 1."""
     if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        # Adam would load this module later, whose default arguments then keep the group and its threads past their end.
+        import torch.distributed.nn
+
         if device.type == "cuda":
             torch.cuda.set_device(device)
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")

@@ -74,10 +74,11 @@ def test_the_other_scripts_run_on_two_ranks_and_nodes(tmp_path, name):
 
 
 SHARE = """
-import sys, torch, torch.distributed as dist
+import sys, torch, torch.distributed as dist, weakref
 sys.path.insert(0, {root!r})
 import ppo_cartpole as script
-dist.init_process_group("gloo")
+script.join_ranks(torch.device("cpu"))
+group = weakref.ref(dist.group.WORLD)
 given = torch.load("given.pt", weights_only=False)
 half = slice(None, 4) if dist.get_rank() == 0 else slice(4, None)
 rollout = {{name: tensor[:, half].contiguous() for name, tensor in given["rollout"].items()}}
@@ -87,6 +88,7 @@ stats = script.update(agent, optimizer, rollout, given["args"], 0.2)
 agent.observe(rollout["obs"])
 torch.save((agent.state_dict(), stats), f"result{{dist.get_rank()}}.pt")
 dist.destroy_process_group()
+assert group() is None  # else its threads may outlive the interpreter, which then aborts
 """
 
 
