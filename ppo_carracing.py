@@ -33,7 +33,7 @@ import sys
 import threading
 import time
 from collections import deque
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib.util import find_spec
@@ -683,7 +683,8 @@ def calibrate(agent: nn.Module, args: Args) -> None:
     while not {best - 2, best + 2} <= scores.keys():
         for trim in {best, best - 2, best + 2} - scores.keys():
             agent.trim.fill_(trim / 100)
-            scores[trim] = evaluate(agent, args)[0].mean()
+            with redirect_stdout(None):  # its line is for unseen tracks
+                scores[trim] = evaluate(agent, args)[0].mean()
         best = max(scores, key=scores.get)
     left, middle, right = scores[best - 2], scores[best], scores[best + 2]
     bend = left - 2 * middle + right
@@ -807,6 +808,7 @@ class Run:
             signal.signal(signum, handler)
         self.bar.close()
         if error is None and WORLD_SIZE > 1:
+            time.sleep(0.1)  # torch's threads end under the GIL; who frees them holds it and waits
             dist.destroy_process_group()
         if error is not None:
             error.add_note(self.advice())

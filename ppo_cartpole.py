@@ -602,6 +602,7 @@ class Run:
             signal.signal(signum, handler)
         self.bar.close()
         if error is None and WORLD_SIZE > 1:
+            time.sleep(0.1)  # torch's threads end under the GIL; who frees them holds it and waits
             dist.destroy_process_group()
         if error is not None:
             error.add_note(self.advice())

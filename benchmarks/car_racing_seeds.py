@@ -1,21 +1,21 @@
-"""Trains ppo_carracing.py with its defaults, seed after seed, and judges each driver on Gymnasium's own CarRacing-v3.
+"""Trains ppo_carracing.py with its defaults, seed after seed, and tests each agent on Gymnasium's
+own CarRacing-v3.
 
     python benchmarks/car_racing_seeds.py --seeds 1 2 3
 
-While a run trains, its weights are set aside every minute. "Minutes to 900" is the age of the first ones that drive
-the first 30 unseen tracks at a mean of 900 or more, among those whose training returns have reached a mean of 700. A
-run that was finished once is kept and not trained again.
+While a run trains, its weights are copied every minute. "Minutes to 900" is the age of the first
+copy that scores a mean of 900 or more on the first 30 unseen tracks, among the copies whose
+training returns have reached a mean of 700. A finished run is kept and not trained again.
 """
 
 import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 import tyro
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
@@ -24,20 +24,17 @@ import ppo_carracing as script
 
 @dataclass
 class Args:
-    seeds: tuple[int, ...] = (1, 2, 3)
-    """one run each"""
-    tracks: int = 100
-    """unseen tracks of the final evaluation"""
-    folder: Path = Path("runs/car_racing_seeds")
-    """where the runs are kept"""
+    seeds: tuple[int, ...] = (1, 2, 3)  # one run each
+    tracks: int = 100  # unseen tracks of the final evaluation
+    folder: Path = Path("runs/car_racing_seeds")  # where the runs are kept
 
 
 def train(seed: int, folder: Path) -> None:
-    """Runs the script to its end, with a copy of its weights every minute under ``folder``/copies."""
+    """Runs the script to its end, with a copy of its weights every minute in ``folder``/copies."""
     copies = folder / "copies"
     shutil.rmtree(folder, ignore_errors=True)
     copies.mkdir(parents=True)
-    command = [sys.executable, script.__file__, "--num-envs", "8", "--seed", str(seed), "--log-dir", str(folder)]
+    command = [sys.executable, script.__file__, "--seed", str(seed), "--log-dir", str(folder)]
     start = time.time()
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while process.poll() is None:
@@ -54,15 +51,14 @@ def train(seed: int, folder: Path) -> None:
 
 def play(path: Path, tracks: int, stock: bool) -> tuple[np.ndarray, np.ndarray]:
     """Returns and lengths, in frames, on the first unseen tracks."""
-    checkpoint = script.load_checkpoint(path)
-    args = script.adopt_args(script.Args(), checkpoint)
-    args = replace(args, eval_episodes=tracks, stock_env=stock, cuda=False)
-    returns, steps = script.evaluate(args, checkpoint["agent"], path.parent, torch.device("cpu"))
-    return returns, steps * args.action_repeat
+    args = script.saved_args(path, evaluate=path, eval_episodes=tracks, stock_env=stock, cuda=False)
+    returns, steps = script.evaluate(script.load_agent(args), args)
+    return returns, steps * script.ACTION_REPEAT
 
 
 def reaches_900(copy: Path) -> bool:
-    """Whether these weights drive 30 unseen tracks at a mean of 900; hopeless ones aren't tried."""
+    """Whether these weights score a mean of 900 on 30 unseen tracks. Not played where their
+    training returns are far from it."""
     recent = script.load_checkpoint(copy)["recent_returns"]
     return np.mean(recent) >= 700 and play(copy, 30, stock=False)[0].mean() >= 900
 
@@ -73,16 +69,20 @@ def main() -> None:
     for seed, folder in folders.items():
         if not (folder / "minutes").exists():
             train(seed, folder)
-    print("| seed | mean | std | median | worst | % above 900 | frames per lap | minutes to 900 | minutes in all |")
-    print("| --- " * 9 + "|", flush=True)
+    columns = ["seed", "mean", "std", "median", "worst", "% above 900", "frames per lap"]
+    columns += ["minutes to 900", "minutes in all"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|", flush=True)
     for seed, folder in folders.items():
         (run,) = folder.glob("CarRacing*")
         returns, frames = play(run, args.tracks, stock=True)
         above = 100 * (returns > 900).mean()
-        cells = [returns.mean(), returns.std(), np.median(returns), returns.min(), above, frames.mean()]
-        reached = (int(copy.stem) + 1 for copy in sorted(folder.glob("copies/*.pt")) if reaches_900(copy))
-        minutes = f"{next(reached, 'never')} | {(folder / 'minutes').read_text().strip()}"
-        print(f"| {seed} | " + " | ".join(f"{cell:.1f}" for cell in cells) + f" | {minutes} |", flush=True)
+        figures = [returns.mean(), returns.std(), np.median(returns), returns.min(), above]
+        cells = [str(seed), *(f"{figure:.1f}" for figure in [*figures, frames.mean()])]
+        copies = sorted(folder.glob("copies/*.pt"))
+        reached = next((int(copy.stem) + 1 for copy in copies if reaches_900(copy)), "never")
+        cells += [str(reached), (folder / "minutes").read_text().strip()]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

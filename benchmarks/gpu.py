@@ -1,9 +1,12 @@
-"""What a GPU and a compiled update gain, for CarRacing and for continuous control: python benchmarks/gpu.py
+"""Prints what a GPU and --compile gain, for CarRacing and for continuous control.
 
-Prints the milliseconds of a minibatch, eager and with --compile, of a policy's answer to one step of the environments
-(copies there and back included) and of GAE, by the scan and by a loop; then whole runs on the GPU and on the CPU, with
-the share of the time in which the policy waits for the environments. Without a GPU, or with --device cpu, the CPU
-stands in for it: the same lines, nothing to compare.
+    python benchmarks/gpu.py
+
+First the milliseconds of GAE. Then for each script those of a minibatch, eager and compiled, and of
+the policy's answer to one step of the environments, the copies to the device and back included;
+and the speed of whole runs on the GPU and on the CPU, with the share of the time that they spend
+collecting, in which the policy waits for the environments. Without a GPU, or with --device cpu,
+everything is measured on the CPU alone.
 """
 
 import subprocess
@@ -11,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,16 +29,13 @@ import ppo_continuous_mlp
 
 @dataclass
 class Args:
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
-    """where the parts are timed"""
-    repetitions: int = 20
-    """of each timed part; the median counts"""
-    iterations: int = 12
-    """of each whole run; the first half, which compiles and warms up, doesn't count"""
+    device: str = "cuda" if torch.cuda.is_available() else "cpu"  # where the parts are timed
+    repetitions: int = 20  # of each timed part; the median counts
+    iterations: int = 12  # of each whole run; the first half, in which it compiles, doesn't count
 
 
 def milliseconds(part: Callable[[], object], repetitions: int) -> float:
-    """The median time of ``part``, the device's work included, after three calls that don't count."""
+    """The median time of ``part``, the device's work included, after three calls to warm up."""
     times = []
     for _ in range(3 + repetitions):
         start = time.perf_counter()
@@ -45,61 +46,60 @@ def milliseconds(part: Callable[[], object], repetitions: int) -> float:
     return 1000 * float(np.median(times[3:]))
 
 
-def gae_loop(rewards, values, next_values, terminations, dones, gamma, gae_lambda):
-    """compute_gae as it is mostly written."""
-    advantages, trace = torch.zeros_like(rewards), torch.zeros_like(rewards[0])
-    for t in reversed(range(len(rewards))):
-        delta = rewards[t] + gamma * (1 - terminations[t]) * next_values[t] - values[t]
-        advantages[t] = trace = delta + gamma * gae_lambda * (1 - dones[t]) * trace
-    return advantages, advantages + values
-
-
 def prepared(script, device: torch.device) -> tuple:
-    """The script's defaults, an agent and a rollout of their sizes on ``device``, and what is seen at the start."""
+    """The script's default settings, an agent on ``device``, a rollout, and the observations that
+    follow it."""
     settings = script.Args(async_envs=False)
-    envs = script.make_envs(settings, settings.num_envs, training=True)
-    agent, rollout = script.make_agent(settings, envs, device), script.make_rollout(settings, envs, device)
-    obs, _ = envs.reset(seed=1)
-    envs.close()
-    rollout["obs"].copy_(script.to_device(obs, device))
-    rollout["actions"].copy_(agent.sample(rollout["obs"].flatten(0, 1)).detach().view_as(rollout["actions"]))
-    rollout["rewards"].normal_()
+    with closing(script.make_envs(settings, settings.num_envs, training=True)) as envs:
+        spaces = envs.single_observation_space, envs.single_action_space
+        agent = script.Agent(*spaces, settings).to(device)
+        obs, _ = envs.reset(seed=1)
+        rollout, obs, _ = script.collect(agent, envs, obs, settings.num_steps)
     return settings, agent, rollout, obs
 
 
-def minibatch(script, settings, agent, rollout, loss_of: Callable, repetitions: int) -> float:
+def minibatch(script, settings, agent, rollout, loss_fn: Callable, repetitions: int) -> float:
     """Milliseconds of one minibatch of an update, its share of GAE and of shuffling included."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-6, eps=1e-5, fused=True)
-    update = [agent, optimizer, rollout, settings, settings.clip_coef, loss_of]
-    took = milliseconds(lambda: script.update(*update), repetitions)
+    inputs = [agent, optimizer, rollout, settings.clip_coef, settings, loss_fn]
+    took = milliseconds(lambda: script.update(*inputs), repetitions)
     return took / settings.update_epochs / settings.num_minibatches
 
 
 def parts(script, args: Args) -> None:
-    """Prints what the device needs for updates and for answers."""
+    """Prints the times of a minibatch and of the policy's answer to one step."""
     device = torch.device(args.device)
     settings, agent, rollout, obs = prepared(script, device)
-    compiled = torch.compile(script.minibatch_loss, mode="reduce-overhead")
-    losses = (script.minibatch_loss, compiled)
-    times = [minibatch(script, settings, agent, rollout, loss_of, args.repetitions) for loss_of in losses]
-    print(f"  minibatch of {settings.minibatch_size}    {times[0]:8.3f} ms eager {times[1]:8.3f} ms compiled", end="")
-    print(f"   {times[0] / times[1]:.1f} x as fast")
+
+    def answer() -> None:
+        agent.env_actions(agent.sample_actions(torch.tensor(obs, device=device)))
+
+    compiled_loss = torch.compile(script.ppo_loss, mode="reduce-overhead")
+    inputs = [script, settings, agent, rollout]
+    eager = minibatch(*inputs, script.ppo_loss, args.repetitions)
+    compiled = minibatch(*inputs, compiled_loss, args.repetitions)
+    size = settings.batch_size // settings.num_minibatches
+    print(f"  minibatch of {size}    {eager:8.3f} ms eager {compiled:8.3f} ms compiled", end="")
+    print(f"   {eager / compiled:.1f} x as fast")
     with torch.inference_mode():
-        answer = milliseconds(lambda: agent.env_action(agent.sample(script.to_device(obs, device))), args.repetitions)
-    print(f"  one step's policy  {answer:8.3f} ms for {settings.num_envs} environments")
+        took = milliseconds(answer, args.repetitions)
+    print(f"  one step's policy  {took:8.3f} ms for {settings.num_envs} environments")
 
 
-def whole_run(script, flags: list[str], iterations: int, ranks: int = 1) -> tuple[float, float]:
-    """Trains for a while. Returns the second half's steps per second and the share of its time spent collecting."""
+def whole_run(script, flags: list[str], iterations: int, processes: int = 1) -> tuple[float, float]:
+    """Trains for a while. Returns the second half's steps per second and the share of its time that
+    went into collecting."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    launcher = ["-m", "torch.distributed.run", "--nproc-per-node", str(ranks)] if ranks > 1 else []
-    steps = iterations * script.Args().batch_size
+    command = [sys.executable]
+    if processes > 1:
+        command += ["-m", "torch.distributed.run", "--nproc-per-node", str(processes)]
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, *launcher, script.__file__, "--log-dir", folder, "--eval-episodes", "1", *flags]
-        subprocess.run([*command, "--total-timesteps", str(steps)], check=True, stdout=subprocess.DEVNULL)
-        (place,) = Path(folder).iterdir()
-        log = EventAccumulator(str(place)).Reload()
+        command += [script.__file__, "--log-dir", folder, "--eval-episodes", "1", *flags]
+        command += ["--total-timesteps", str(iterations * script.Args().batch_size)]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+        (run,) = Path(folder).iterdir()
+        log = EventAccumulator(str(run)).Reload()
     points = log.Scalars("time/collect_fraction")[iterations // 2 :]
     speed = (points[-1].step - points[0].step) / (points[-1].wall_time - points[0].wall_time)
     return speed, float(np.mean([point.value for point in points]))
@@ -107,18 +107,23 @@ def whole_run(script, flags: list[str], iterations: int, ranks: int = 1) -> tupl
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    print(f"{torch.cuda.get_device_name() if args.device == 'cuda' else 'the CPU'}, torch {torch.__version__}")
-    rollout = [torch.rand(2048, 64, device=args.device) for _ in range(3)] + [torch.zeros(2048, 64).to(args.device)] * 2
-    for name, gae in (("scan", ppo_continuous_mlp.compute_gae), ("loop", gae_loop)):
-        took = milliseconds(lambda gae=gae: gae(*rollout, 0.99, 0.95), args.repetitions)
-        print(f"GAE of 2048 x 64 by a {name} {took:10.3f} ms", flush=True)
+    device = torch.cuda.get_device_name() if args.device == "cuda" else "the CPU"
+    print(f"{device}, torch {torch.__version__}")
+    rewards, values, next_values = torch.rand(3, 2048, 64, device=args.device)
+    terminations, dones = torch.zeros(2, 2048, 64, device=args.device)
+    inputs = [rewards, values, next_values, terminations, dones, 0.99, 0.95]
+    took = milliseconds(lambda: ppo_continuous_mlp.compute_gae(*inputs), args.repetitions)
+    print(f"GAE of 2048 x 64 {took:10.3f} ms", flush=True)
+    runs = [["--no-cuda"], ["--no-cuda", "--compile"]]
+    if args.device == "cuda":
+        runs = [["--cuda"], ["--cuda", "--compile"], *runs]
     for script in (ppo_carracing, ppo_continuous_mlp):
         print(Path(script.__file__).name, flush=True)
         parts(script, args)
-        cuda = [["--cuda"], ["--cuda", "--compile"]] if args.device == "cuda" else []
-        for flags in (*cuda, ["--no-cuda"], ["--no-cuda", "--compile"]):
-            speed, collecting = whole_run(script, flags, args.iterations)
-            print(f"  {' '.join(flags):22s} {speed:8.0f} steps/s, {collecting:4.0%} of the time collecting", flush=True)
+        for flags in runs:
+            speed, share = whole_run(script, flags, args.iterations)
+            speed = f"{' '.join(flags):22s} {speed:8.0f} steps/s"
+            print(f"  {speed}, {share:4.0%} of the time collecting", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Prints how a script's speed grows with processes, and what they say to each other: python benchmarks/ranks.py
+"""Prints how a script's speed grows with processes, and what their messages cost.
 
-For each script at its defaults: steps per second in one process and under torchrun with two on this machine, each with
-one thread; the bytes of an update's message (its gradients), the milliseconds that two processes take to average it,
-and those of the computing between two messages, one minibatch.
+    python benchmarks/ranks.py
+
+For each script at its defaults: steps per second in one process and under torchrun with two on this
+machine, each with one thread; the size of a message, which is the gradients of a minibatch; the
+milliseconds that two processes take to average it; and those of computing a minibatch, after each
+of which there is a message. Here it is sent alone and in one piece, while DistributedDataParallel
+sends the first gradients when it still computes the last ones.
 """
 
 import os
@@ -25,19 +29,18 @@ import ppo_continuous_mlp
 
 @dataclass
 class Args:
-    iterations: int = 12
-    """of each whole run; the first half doesn't count"""
-    message: int | None = None
-    """under torchrun: times the averaging of so many numbers and nothing else"""
+    iterations: int = 12  # of each whole run; the first half doesn't count
+    message: int | None = None  # under torchrun: only times the averaging of so many numbers
 
 
 def message(numbers: int) -> None:
-    """Prints the milliseconds of one averaging, on rank 0."""
+    """Prints the milliseconds of averaging ``numbers`` numbers, in the first process."""
     dist.init_process_group("gloo")
-    gradients = torch.ones(numbers)
-    took = milliseconds(lambda: ppo_cartpole.averaged(gradients), 200)
+    gradients = torch.zeros(numbers)
+    took = milliseconds(lambda: ppo_cartpole.all_reduce_mean(gradients), 200)
     if dist.get_rank() == 0:
         print(took)
+    time.sleep(0.1)  # as in the scripts: the last all_reduce's thread ends under the GIL
     dist.destroy_process_group()
 
 
@@ -47,18 +50,22 @@ def main() -> None:
         return message(args.message)
     os.environ["OMP_NUM_THREADS"] = "1"
     torch.set_num_threads(1)
-    print("| script | steps/s, 1 process | 2 processes | growth | message | averaging it | a minibatch |")
-    print("| --- " * 7 + "|", flush=True)
+    columns = ["script", "steps/s, 1 process", "2 processes", "growth", "message", "averaging it"]
+    columns += ["a minibatch"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|", flush=True)
     for script in (ppo_cartpole, ppo_carracing, ppo_continuous_mlp):
         flags = ["--no-cuda", "--num-threads", "1"]
-        one, two = (whole_run(script, flags, args.iterations, ranks)[0] for ranks in (1, 2))
+        one, _ = whole_run(script, flags, args.iterations, processes=1)
+        two, _ = whole_run(script, flags, args.iterations, processes=2)
         settings, agent, rollout, _ = prepared(script, torch.device("cpu"))
+        computing = minibatch(script, settings, agent, rollout, script.ppo_loss, 3)
         numbers = sum(parameter.numel() for parameter in agent.parameters())
-        computing = minibatch(script, settings, agent, rollout, script.minibatch_loss, 3)
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
         averaging = float(subprocess.check_output([*command, "--message", str(numbers)], text=True))
-        print(f"| {Path(script.__file__).name} | {one:.0f} | {two:.0f} | {two / one:.2f} x ", end="")
-        print(f"| {numbers * 4 / 1000:.0f} kB | {averaging:.2f} ms | {computing:.2f} ms |", flush=True)
+        cells = [Path(script.__file__).name, f"{one:.0f}", f"{two:.0f}", f"{two / one:.2f} x"]
+        cells += [f"{numbers * 4 / 1000:.0f} kB", f"{averaging:.2f} ms", f"{computing:.2f} ms"]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,17 @@
-"""Prints environment steps per second of whole training loops, side by side: python benchmarks/throughput.py
+"""Prints environment steps per second of whole training loops, side by side.
 
-This project's scripts, Stable-Baselines3's PPO and the loop that people know from single-file PPOs (plain() below)
-train the same environment with the same settings and networks; the floor steps the same environments with random
-actions and does nothing else. "Native" is the floor of CartPole's own vector environment, which the scripts do not
-offer: its step after an episode's end must not be learned from. All take turns, each in a process of its own, torch on
-one thread (which is the fastest for all of them). Speeds and ratios are medians over the rounds, after imports and the
-making of environments. "Collecting" is the time that ours takes for the steps alone, policy included, in multiples of
-the floor's. "Compiled" is ours with --compile, after the first iteration, which is when it compiles.
+    python benchmarks/throughput.py
+
+Three train the same environment with the same settings and networks: "ours", this project's
+script, "SB3", Stable-Baselines3's PPO, and "plain", PPO as single files mostly have it, in plain()
+below. "Compiled" is ours with --compile, measured after the first iteration, in which it compiles.
+The "floor" steps the same environments with random actions and does nothing else. "Collecting" is
+the time that ours takes for its steps alone, policy included, in multiples of the floor's. The
+column "native" is the floor of CartPole's own vector environment, which the scripts don't use: its
+step after an episode's end must not be learned from.
+
+They take turns, each in a process of its own, with torch on one thread, the fastest for all of
+them. Speeds and ratios are medians over the rounds, without imports and the making of environments.
 """
 
 import os
@@ -14,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
@@ -28,6 +33,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 @dataclass
+class Args:
+    what: str = "all"  # one of MEASURES, to measure it once; all: the table
+    setting: int = 0  # which of SETTINGS, where one is measured
+    rounds: int = 3  # how often each is measured for the table
+
+
+@dataclass
 class Settings:
     env_id: str
     num_envs: int
@@ -36,33 +48,35 @@ class Settings:
     update_epochs: int
     iterations: int
 
-
-@dataclass
-class Args:
-    what: str = "all"
-    """ours, compiled, sb3, plain, floor or native: measures this one once; all: the table"""
-    setting: int = 0
-    """which of SETTINGS"""
-    rounds: int = 3
-    """how often each is measured"""
+    @property
+    def batch_size(self) -> int:
+        return self.num_envs * self.num_steps
 
 
-SETTINGS = [Settings("CartPole-v1", 4, 128, 4, 4, 60), Settings("LunarLanderContinuous-v3", 8, 2048, 32, 10, 2)]
-SETTINGS += [Settings("CartPole-v1", num_envs, 128, 4, 4, 40) for num_envs in (1, 16, 64, 256)]
+SETTINGS = [
+    Settings("CartPole-v1", 4, 128, 4, 4, 60),
+    Settings("LunarLanderContinuous-v3", 8, 2048, 32, 10, 2),
+    Settings("CartPole-v1", 1, 128, 4, 4, 40),
+    Settings("CartPole-v1", 16, 128, 4, 4, 40),
+    Settings("CartPole-v1", 64, 128, 4, 4, 40),
+    Settings("CartPole-v1", 256, 128, 4, 4, 40),
+]
 
 
 def ours(s: Settings, compile: bool = False) -> float:
-    """Steps per second of the script that fits: by its own clock, which starts when the environments stand."""
+    """Steps per second of the script that fits, by its own clock, which starts once it has made the
+    environments. Prints those of collecting alone."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     import ppo_cartpole
     import ppo_continuous_mlp
 
     script = ppo_continuous_mlp if "Continuous" in s.env_id else ppo_cartpole
+    settings = asdict(s) | {"total_timesteps": s.iterations * s.batch_size, "eval_episodes": 1}
+    del settings["iterations"]
     with tempfile.TemporaryDirectory() as folder:
-        sizes = vars(s) | {"total_timesteps": s.iterations * s.num_envs * s.num_steps, "compile": compile}
-        del sizes["iterations"]
-        run = script.train(script.Args(**sizes, cuda=False, num_threads=1, eval_episodes=1, log_dir=Path(folder)))
+        settings |= {"cuda": False, "num_threads": 1, "compile": compile, "log_dir": Path(folder)}
+        _, run = script.train(script.Args(**settings))
         log = EventAccumulator(str(run)).Reload()
     first, *_, last = log.Scalars("charts/SPS")
     if compile:
@@ -77,41 +91,46 @@ def sb3(s: Settings) -> float:
     from stable_baselines3.common.env_util import make_vec_env
 
     envs = make_vec_env(s.env_id, s.num_envs)
-    size = s.num_envs * s.num_steps
-    model = PPO("MlpPolicy", envs, n_steps=s.num_steps, batch_size=size // s.num_minibatches, n_epochs=s.update_epochs)
+    sizes = {"n_steps": s.num_steps, "batch_size": s.batch_size // s.num_minibatches}
+    model = PPO("MlpPolicy", envs, n_epochs=s.update_epochs, **sizes)
     start = time.perf_counter()
-    model.learn(s.iterations * size)
-    return s.iterations * size / (time.perf_counter() - start)
+    model.learn(s.iterations * s.batch_size)
+    return s.iterations * s.batch_size / (time.perf_counter() - start)
 
 
 def plain(s: Settings) -> float:
-    """Steps per second of PPO as it is mostly written: torch.distributions, a loop for GAE, .item() for the log."""
+    """Steps per second of PPO as single files mostly have it: torch.distributions, values and
+    log-probabilities computed at every step, .item() for the log in every minibatch."""
 
     def make() -> gym.Env:
         env = gym.wrappers.RecordEpisodeStatistics(gym.make(s.env_id))
         if isinstance(env.action_space, gym.spaces.Box):
-            env = gym.wrappers.NormalizeReward(gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(env)))
+            env = gym.wrappers.NormalizeObservation(gym.wrappers.ClipAction(env))
+            env = gym.wrappers.NormalizeReward(env)
         return env
 
-    def mlp(outputs: int) -> nn.Module:
-        return nn.Sequential(nn.Linear(inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, outputs))
+    def mlp(num_outputs: int) -> nn.Module:
+        hidden = [nn.Linear(num_inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
+        return nn.Sequential(*hidden, nn.Linear(64, num_outputs))
 
-    def distribution(obs: torch.Tensor) -> torch.distributions.Distribution:
+    def get_policy(obs: torch.Tensor) -> torch.distributions.Distribution:
         if discrete:
             return torch.distributions.Categorical(logits=actor(obs))
         normal = torch.distributions.Normal(actor(obs), log_std.exp())
         return torch.distributions.Independent(normal, 1)
 
-    envs = gym.vector.SyncVectorEnv([make] * s.num_envs, autoreset_mode=gym.vector.AutoresetMode.SAME_STEP)
+    mode = gym.vector.AutoresetMode.SAME_STEP
+    envs = gym.vector.SyncVectorEnv([make] * s.num_envs, autoreset_mode=mode)
     discrete = isinstance(envs.single_action_space, gym.spaces.Discrete)
-    inputs, shape = envs.single_observation_space.shape[0], envs.single_action_space.shape
-    actor, critic = mlp(int(envs.single_action_space.n) if discrete else shape[0]), mlp(1)
+    num_inputs, shape = envs.single_observation_space.shape[0], envs.single_action_space.shape
+    actor = mlp(int(envs.single_action_space.n) if discrete else shape[0])
+    critic = mlp(1)
     log_std = nn.Parameter(torch.zeros(shape))
     parameters = [*actor.parameters(), *critic.parameters(), log_std]
     optimizer = torch.optim.Adam(parameters, lr=3e-4, eps=1e-5)
-    size = s.num_envs * s.num_steps
-    all_obs, actions = torch.zeros(s.num_steps, s.num_envs, inputs), torch.zeros(s.num_steps, s.num_envs, *shape)
-    logprobs, rewards, values, dones = (torch.zeros(s.num_steps, s.num_envs) for _ in range(4))
+    all_obs = torch.zeros(s.num_steps, s.num_envs, num_inputs)
+    actions = torch.zeros(s.num_steps, s.num_envs, *shape)
+    logprobs, rewards, values, dones = torch.zeros(4, s.num_steps, s.num_envs)
     obs, done = torch.Tensor(envs.reset(seed=1)[0]), torch.zeros(s.num_envs)
     returns_seen, rng = [], np.random.default_rng(1)
     start = time.perf_counter()
@@ -119,52 +138,63 @@ def plain(s: Settings) -> float:
         for step in range(s.num_steps):
             all_obs[step], dones[step] = obs, done
             with torch.no_grad():
-                policy = distribution(obs)
+                policy = get_policy(obs)
                 action = policy.sample()
                 logprobs[step], values[step] = policy.log_prob(action), critic(obs).flatten()
             actions[step] = action
             next_obs, reward, terminations, truncations, infos = envs.step(action.numpy())
             rewards[step] = torch.tensor(reward).view(-1)
-            obs, done = torch.Tensor(next_obs), torch.Tensor(np.logical_or(terminations, truncations))
+            obs = torch.Tensor(next_obs)
+            done = torch.Tensor(np.logical_or(terminations, truncations))
             if "final_info" in infos:
                 returns_seen += infos["final_info"]["episode"]["r"].tolist()
         with torch.no_grad():
-            next_value, trace, advantages = critic(obs).flatten(), 0, torch.zeros_like(rewards)
+            next_value, advantage = critic(obs).flatten(), 0
+            advantages = torch.zeros_like(rewards)
             for t in reversed(range(s.num_steps)):
                 alive = 1 - (done if t == s.num_steps - 1 else dones[t + 1])
                 following = next_value if t == s.num_steps - 1 else values[t + 1]
                 delta = rewards[t] + 0.99 * following * alive - values[t]
-                advantages[t] = trace = delta + 0.99 * 0.95 * alive * trace
+                advantages[t] = advantage = delta + 0.99 * 0.95 * alive * advantage
             returns = advantages + values
-        columns = [x.flatten(0, 1) for x in (all_obs, actions, logprobs, advantages, returns, values)]
-        indices, clipfracs = np.arange(size), []
+        batch = (all_obs, actions, logprobs, advantages, returns, values)
+        batch = [tensor.flatten(0, 1) for tensor in batch]
+        indices, clipfracs = np.arange(s.batch_size), []
+        minibatch_size = s.batch_size // s.num_minibatches
         for _ in range(s.update_epochs):
             rng.shuffle(indices)
-            for first in range(0, size, size // s.num_minibatches):
-                mb = indices[first : first + size // s.num_minibatches]
-                mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_returns, mb_values = (x[mb] for x in columns)
-                policy = distribution(mb_obs)
+            for first in range(0, s.batch_size, minibatch_size):
+                rows = indices[first : first + minibatch_size]
+                mb_obs, mb_actions, mb_logprobs, mb_advantages, mb_returns, mb_values = (
+                    tensor[rows] for tensor in batch
+                )
+                policy = get_policy(mb_obs)
                 logratio = policy.log_prob(mb_actions) - mb_logprobs
                 ratio = logratio.exp()
                 with torch.no_grad():
                     approx_kl = ((ratio - 1) - logratio).mean()
                     clipfracs.append(((ratio - 1.0).abs() > 0.2).float().mean().item())
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                losses = -mb_advantages * ratio, -mb_advantages * torch.clamp(ratio, 0.8, 1.2)
+                mb_advantages = mb_advantages - mb_advantages.mean()
+                mb_advantages = mb_advantages / (mb_advantages.std() + 1e-8)
+                unclipped_loss = -mb_advantages * ratio
+                clipped_loss = -mb_advantages * torch.clamp(ratio, 0.8, 1.2)
+                policy_loss = torch.max(unclipped_loss, clipped_loss).mean()
                 new_values = critic(mb_obs).flatten()
-                moved = mb_values + torch.clamp(new_values - mb_values, -0.2, 0.2)
-                value_loss = torch.max((new_values - mb_returns) ** 2, (moved - mb_returns) ** 2)
-                loss = torch.max(*losses).mean() + 0.25 * value_loss.mean() - 0.01 * policy.entropy().mean()
+                clipped_values = mb_values + torch.clamp(new_values - mb_values, -0.2, 0.2)
+                value_loss = (new_values - mb_returns) ** 2
+                value_loss = torch.max(value_loss, (clipped_values - mb_returns) ** 2).mean()
+                loss = policy_loss + 0.25 * value_loss - 0.01 * policy.entropy().mean()
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(parameters, 0.5)
                 optimizer.step()
         approx_kl.item(), loss.item()
-    return s.iterations * size / (time.perf_counter() - start)
+    return s.iterations * s.batch_size / (time.perf_counter() - start)
 
 
 def floor(s: Settings, mode: str = "sync") -> float:
-    """Steps per second of the bare vector environment under random actions; nan where there is none in ``mode``."""
+    """Steps per second of the bare vector environment under random actions; nan where there is none
+    in ``mode``."""
     if mode == "vector_entry_point" and gym.spec(s.env_id).vector_entry_point is None:
         return np.nan
     envs = gym.make_vec(s.env_id, s.num_envs, vectorization_mode=mode)
@@ -178,8 +208,21 @@ def floor(s: Settings, mode: str = "sync") -> float:
     return steps * s.num_envs / (time.perf_counter() - start)
 
 
-MEASURES = {"ours": ours, "compiled": partial(ours, compile=True), "sb3": sb3, "plain": plain, "floor": floor}
-MEASURES["native"] = partial(floor, mode="vector_entry_point")
+MEASURES = {
+    "ours": ours,
+    "compiled": partial(ours, compile=True),
+    "sb3": sb3,
+    "plain": plain,
+    "floor": floor,
+    "native": partial(floor, mode="vector_entry_point"),
+}
+
+
+def measure_apart(what: str, setting: int) -> list[str]:
+    """Measures one in a process of its own. Returns the lines that it prints."""
+    command = [sys.executable, __file__, "--what", what, "--setting", str(setting)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.check_output(command, text=True, env=environment).splitlines()
 
 
 def main() -> None:
@@ -188,28 +231,29 @@ def main() -> None:
         torch.set_num_threads(1)
         print(MEASURES[args.what](SETTINGS[args.setting]))
         return
-    print("| environment | envs | ours, steps/s | x SB3 | x plain | compiled, steps/s | x SB3 | x plain | ", end="")
-    print("floor, steps/s | collecting, x floor | native |\n" + "| --- " * 11 + "|")
+    columns = ["environment", "envs", "ours, steps/s", "x SB3", "x plain"]
+    columns += ["compiled, steps/s", "x SB3", "x plain"]
+    columns += ["floor, steps/s", "collecting, x floor", "native"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|")
     for index, s in enumerate(SETTINGS):
-        speeds, collecting = {name: [] for name in MEASURES}, []
+        speeds = {name: [] for name in [*MEASURES, "collecting"]}
         for _ in range(args.rounds):
-            for name, values in speeds.items():
-                command = [sys.executable, __file__, "--what", name, "--setting", str(index)]
-                environment = os.environ | {"OMP_NUM_THREADS": "1"}
-                process = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, env=environment)
-                lines = process.stdout.splitlines()
-                values.append(float(lines[-1]))
+            for name in MEASURES:
+                lines = measure_apart(name, index)
+                speeds[name].append(float(lines[-1]))
                 if name == "ours":
-                    collecting.append(float(lines[-2]))
-        cells = []
+                    speeds["collecting"].append(float(lines[-2]))
+        speeds = {name: np.array(values) for name, values in speeds.items()}
+        cells = [s.env_id, str(s.num_envs)]
         for name in ("ours", "compiled"):
-            ratios = [np.median(np.array(speeds[name]) / speeds[peer]) for peer in ("sb3", "plain")]
-            cells += [f"{np.median(speeds[name]):.0f}", *(f"{ratio:.1f}" for ratio in ratios)]
-        print(
-            f"| {s.env_id} | {s.num_envs} | {' | '.join(cells)} | {np.median(speeds['floor']):.0f} | "
-            f"{np.median(np.array(speeds['floor']) / collecting):.2f} | {np.median(speeds['native']):.0f} |",
-            flush=True,
-        )
+            cells.append(f"{np.median(speeds[name]):.0f}")
+            cells.append(f"{np.median(speeds[name] / speeds['sb3']):.1f}")
+            cells.append(f"{np.median(speeds[name] / speeds['plain']):.1f}")
+        cells.append(f"{np.median(speeds['floor']):.0f}")
+        cells.append(f"{np.median(speeds['floor'] / speeds['collecting']):.2f}")
+        cells.append(f"{np.median(speeds['native']):.0f}")
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""What several tests need: the scripts as modules, and environments whose every step is known beforehand."""
+"""What several tests need: the scripts as modules, environments whose every step is known."""
 
 import sys
 from pathlib import Path
@@ -14,21 +14,20 @@ import ppo_carracing  # noqa: E402
 import ppo_cartpole  # noqa: E402
 import ppo_continuous_mlp  # noqa: E402
 
-SCRIPTS = {"ppo_cartpole": ppo_cartpole, "ppo_carracing": ppo_carracing, "ppo_continuous_mlp": ppo_continuous_mlp}
+MODULES = (ppo_cartpole, ppo_carracing, ppo_continuous_mlp)
+SCRIPTS = {module.__name__: module for module in MODULES}
 
 
 class Clock(gym.Env):
-    """Shows [steps since reset, number of the episode, 0], pays 1 a step, and marks an episode's last observation.
-
-    It terminates after ``life`` steps; a time limit, where it is registered with one, may come first.
-    """
+    """Shows [steps since reset, number of the episode, 0], pays 1 a step, and marks an episode's
+    last observation. It terminates after ``life`` steps and is truncated after ``limit``."""
 
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,), np.float32)
 
     def __init__(self, life=10**9, limit=10**9, discrete=True, render_mode=None):
-        self.action_space = gym.spaces.Discrete(2) if discrete else gym.spaces.Box(-0.5, 0.5, (2,), np.float32)
+        box = gym.spaces.Box(-0.5, 0.5, (2,), np.float32)
+        self.action_space = gym.spaces.Discrete(2) if discrete else box
         self.life, self.limit, self.episode, self.render_mode = life, limit, -1, render_mode
-        self.actions = []
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -43,9 +42,17 @@ class Clock(gym.Env):
         return obs, 1.0, terminated, truncated, {}
 
 
-for name, kwargs in {"Limited": {"limit": 5}, "Mortal": {"life": 4}, "Both": {"life": 5, "limit": 5}}.items():
-    gym.register(f"{name}-v0", entry_point=Clock, kwargs=kwargs, disable_env_checker=True)
-    gym.register(f"{name}Box-v0", entry_point=Clock, kwargs=kwargs | {"discrete": False}, disable_env_checker=True)
+def register(name, entry_point, **kwargs):
+    """Registers a clock with Discrete actions as NAME-v0 and one with a Box as NAMEBox-v0."""
+    for suffix, discrete in (("", True), ("Box", False)):
+        options = kwargs | {"discrete": discrete}
+        gym.register(f"{name}{suffix}-v0", entry_point, kwargs=options, disable_env_checker=True)
+
+
+register("Limited", Clock, limit=5)
+register("Mortal", Clock, life=4)
+register("Both", Clock, life=5, limit=5)
+register("Long", Clock, limit=200)
 
 
 @pytest.fixture(params=SCRIPTS, scope="session")
@@ -60,8 +67,17 @@ def mlp_script(request):
     return SCRIPTS[request.param]
 
 
+def suitable(script, name):
+    """The id of a clock with the actions that ``script`` learns."""
+    return f"{name}{'' if script.__name__ == 'ppo_cartpole' else 'Box'}-v0"
+
+
 def tiny_args(script, tmp_path, **changes):
     """Settings under which a script trains within a second or two."""
-    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2, "total_timesteps": 64}
-    places = {"log_dir": tmp_path / "runs", "eval_episodes": 2, "cuda": False, "checkpoint_interval": 1}
-    return script.Args(**(sizes | places | changes))
+    sizes = {"num_envs": 2, "num_steps": 8, "num_minibatches": 2, "update_epochs": 2}
+    call = {"total_timesteps": 64, "log_dir": tmp_path / "runs", "eval_episodes": 2, "cuda": False}
+    return script.Args(**(sizes | call | {"checkpoint_interval": 1} | changes))
+
+
+def make_agent(script, args, envs):
+    return script.Agent(envs.single_observation_space, envs.single_action_space, args)

@@ -7,8 +7,7 @@ from types import SimpleNamespace
 import gymnasium as gym
 import numpy as np
 import pytest
-import torch
-from conftest import ROOT, ppo_carracing, tiny_args
+from conftest import ROOT, make_agent, ppo_carracing, tiny_args
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 STEER = np.float32([0.1, 0.5, 0.1])
@@ -130,7 +129,7 @@ def test_an_episode_that_ends_within_a_repeat_shows_its_last_frame(both):
 
 @pytest.mark.parametrize("training", [True, False])
 def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
-    """A car that stands still: a termination after 150 frames in training; else 1000 frames and a truncation."""
+    """A car that stands still: terminated after 150 frames in training, truncated after 1000."""
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
     env.reset(seed=1)
     steps, total, terminated, truncated = 0, 0.0, False, False
@@ -146,7 +145,8 @@ def test_what_shapes_training_is_off_in_evaluation(tmp_path, training):
 @pytest.mark.parametrize("end", ["lap finished", "last tile", "field left"])
 @pytest.mark.parametrize("training", [True, False])
 def test_the_end_of_a_lap_is_a_truncation_in_training_only(tmp_path, training, end):
-    """Also that of a lap with tiles missed, which the environment's own doesn't end. Leaving the field terminates."""
+    """Also of a lap with tiles missed, with which the environment goes on. Leaving the field
+    terminates."""
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
     env.reset(seed=1)
     for _ in range(20):
@@ -172,7 +172,9 @@ def test_observations_are_stacked_grey_uint8(tmp_path, calm):
     stock = gym.make("CarRacing-v3")
     obs, _ = env.reset(seed=2)
     frames = [stock.reset(seed=2)[0]]
-    assert obs.dtype == np.uint8 and obs.shape == (4, 48, 48) and env.observation_space.contains(obs)
+    assert (
+        obs.dtype == np.uint8 and obs.shape == (4, 48, 48) and env.observation_space.contains(obs)
+    )
     for _ in range(3):
         obs = env.step(LEVER)[0]
         for _ in range(4):
@@ -183,7 +185,7 @@ def test_observations_are_stacked_grey_uint8(tmp_path, calm):
 
 
 def test_the_dashboard_shows_the_speed(tmp_path, calm):
-    """As one brightness, about 2.1 levels for each unit/s, read from the frame: the stock one gives the same."""
+    """As one brightness, about 2.1 levels for each unit/s; the stock frame gives the same."""
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=False)
     env.reset(seed=2)
     stock, speeds = gym.make("CarRacing-v3"), []
@@ -202,7 +204,8 @@ def test_the_dashboard_shows_the_speed(tmp_path, calm):
 
 
 def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, calm):
-    """A tile counts alike on each track, a wheel on the grass costs a point, the end by patience 500: unreported."""
+    """A tile counts alike on each track, a wheel on the grass costs 1, a lost track 500: none of it
+    is reported."""
     args = tiny_args(ppo_carracing, tmp_path, async_envs=False, reward_scale=0.5)
     envs = ppo_carracing.make_envs(args, 1, training=True)
     plain = ppo_carracing.make_env(args, training=False)
@@ -217,7 +220,9 @@ def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, cal
         _, rewards, terminated, _, infos = envs.step(action[None])
         length = len(plain.unwrapped.track) / 300
         lost = 500 * terminated[0]
-        assert length != 1 and rewards[0] == pytest.approx(0.5 * (raw * length - on_grass[-1] - lost))
+        assert length != 1 and rewards[0] == pytest.approx(
+            0.5 * (raw * length - on_grass[-1] - lost)
+        )
     assert set(on_grass) >= {0, 4}
     assert infos["final_info"]["episode"]["r"][0] == pytest.approx(total)
     assert infos["final_info"]["episode"]["l"][0] == len(on_grass)
@@ -229,7 +234,9 @@ def test_the_stock_env_plays_the_same(tmp_path):
         ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path, stock_env=stock), training=False)
         for stock in (False, True)
     )
-    assert type(stock.unwrapped) is CarRacing and type(fast.unwrapped) is ppo_carracing.FastCarRacing
+    assert (
+        type(stock.unwrapped) is CarRacing and type(fast.unwrapped) is ppo_carracing.FastCarRacing
+    )
     assert np.array_equal(fast.reset(seed=6)[0], stock.reset(seed=6)[0])
     for _ in range(50):
         (obs, *rest), (stock_obs, *stock_rest) = fast.step(LEVER), stock.step(LEVER)
@@ -237,7 +244,7 @@ def test_the_stock_env_plays_the_same(tmp_path):
 
 
 class Straight(gym.Env):
-    """Keeps the actions that it is given, and how fast its car turned; it brakes every spin at once."""
+    """Keeps the actions that it is given, and how fast its car turned; each spin ends at once."""
 
     action_space = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
     car = SimpleNamespace(hull=SimpleNamespace(angularVelocity=0.0))
@@ -276,8 +283,10 @@ def test_gusts_push_the_steering_now_and_then_and_the_lever_all_the_time():
 
 
 def test_a_tile_passed_over_costs_twenty_points_in_training(tmp_path, calm):
-    """Not more than a lost track does, however many; and they come back to who visits it after all."""
-    env, twin = (ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True) for _ in range(2))
+    """Not more than a lost track does, however many; a visit after all takes the price back."""
+    env, twin = (
+        ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training=True) for _ in range(2)
+    )
     for farthest in (9, 90):
         env.reset(seed=3), twin.reset(seed=3)
         env.step(LEVER), twin.step(LEVER)
@@ -303,39 +312,47 @@ def test_gusts_blow_in_training_only(tmp_path):
 @pytest.mark.parametrize("training", [True, False])
 def test_one_lever_works_both_pedals(tmp_path, calm, training):
     env = ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path), training)
-    assert np.array_equal(env.action_space.low, [-1, 0]) and np.array_equal(env.action_space.high, [1, 1])
+    assert np.array_equal(env.action_space.low, [-1, 0]) and np.array_equal(
+        env.action_space.high, [1, 1]
+    )
     env.reset(seed=1)
     wheel = env.unwrapped.car.wheels[2]
-    for lever, gas, brake in [(0, 0, 0.2), (0.25, 0.25, 0.15), (1, 1, 0)]:  # gas rises by up to 0.1 a frame
+    for lever, gas, brake in [
+        (0, 0, 0.2),
+        (0.25, 0.25, 0.15),
+        (1, 1, 0),
+    ]:  # gas rises by up to 0.1 a frame
         for _ in range(3):
             env.step(np.float32([0, lever]))
         assert (wheel.gas, wheel.brake) == pytest.approx((gas, brake))
 
 
-@pytest.mark.parametrize("best, bend, expected", [(-0.03, -1e4, -0.03), (0.1, -1e4, 0.1), (-0.03, 0, 0)])
+@pytest.mark.parametrize(
+    "best, bend, expected", [(-0.03, -1e4, -0.03), (0.1, -1e4, 0.1), (-0.03, 0, 0)]
+)
 def test_calibration_finds_the_trim(tmp_path, monkeypatch, best, bend, expected):
-    """The peak of the mean return on training's first seeds, a quarter as many as an evaluation plays."""
+    """The peak of the mean return on the first training seeds, a quarter of the evaluation."""
     played = []
 
-    def play(args, weights, folder, device):
+    def evaluate(agent, args):
         played.append((args.eval_seed, args.eval_episodes))
-        return np.full(args.eval_episodes, 900 + bend * (float(weights["trim"]) - best) ** 2), None
+        return np.full(args.eval_episodes, 900 + bend * (float(agent.trim) - best) ** 2), None
 
-    monkeypatch.setattr(ppo_carracing, "play", play)
-    args, cpu = tiny_args(ppo_carracing, tmp_path, seed=7, eval_episodes=100), torch.device("cpu")
+    monkeypatch.setattr(ppo_carracing, "evaluate", evaluate)
+    args = tiny_args(ppo_carracing, tmp_path, seed=7, eval_episodes=100)
     envs = ppo_carracing.make_envs(args, 1, training=False)
-    agent = ppo_carracing.make_agent(args, envs, cpu)
+    agent = make_agent(ppo_carracing, args, envs)
     envs.close()
-    start = agent.trim.item()
-    agent.calibrate(replace(args, eval_episodes=3), cpu)
-    assert agent.trim.item() == start and not played
-    agent.calibrate(args, cpu)
-    assert agent.state_dict()["trim"].item() == pytest.approx(expected, abs=1e-6) and set(played) == {(7, 25)}
+    ppo_carracing.calibrate(agent, replace(args, eval_episodes=3))
+    assert agent.trim.item() == 0 and not played
+    ppo_carracing.calibrate(agent, args)
+    assert agent.state_dict()["trim"].item() == pytest.approx(expected, abs=1e-6)
+    assert set(played) == {(7, 25)}
 
 
 def test_the_pretrained_driver_drives(tmp_path):
     """On the first four of the tracks that the README reports."""
-    checkpoint = ppo_carracing.load_checkpoint(ROOT / "pretrained" / "ppo_carracing.pt")
-    args = ppo_carracing.adopt_args(ppo_carracing.Args(cuda=False, eval_episodes=4), checkpoint)
-    returns, _ = ppo_carracing.evaluate(args, checkpoint["agent"], tmp_path, torch.device("cpu"))
+    path = ROOT / "pretrained" / "ppo_carracing.pt"
+    args = ppo_carracing.saved_args(path, evaluate=path, cuda=False, eval_episodes=4)
+    returns, _ = ppo_carracing.evaluate(ppo_carracing.load_agent(args), args)
     assert returns.min() >= 850
