@@ -12,6 +12,7 @@ sends the first gradients when it still computes the last ones.
 import os
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
