@@ -243,7 +243,7 @@ class Agent(nn.Module):
     def sample_actions(self, obs: Tensor) -> Tensor:
         """Draws an action ``[batch]`` for each of ``obs``."""
         logits = self.get_logits(obs)
-        # The Gumbel-max trick. torch's Categorical draws the same, and a step takes 15% longer.
+        # The Gumbel-max trick. Categorical draws from the same probabilities in twice the time.
         return (logits - torch.empty_like(logits).exponential_().log()).argmax(-1)
 
     def best_actions(self, obs: Tensor) -> Tensor:
@@ -396,8 +396,7 @@ def update(agent, optimizer, rollout, clip_coef, args, loss_fn=ppo_loss):
             loss, stats = loss_fn(agent, minibatch, clip_coef, args)
             optimizer.zero_grad()
             loss.backward()
-            # foreach: on a CPU a third less time than the default, which is 3% of an update
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm, foreach=True)
+            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             optimizer.step()
             # Stacked now: a compiled loss writes the next minibatch's into the same memory.
             all_stats.append(torch.stack([*stats.values(), grad_norm]))
