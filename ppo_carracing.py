@@ -323,7 +323,7 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         """Discounted, speed is worth more than in the score, and errors less: so a wheel on the
         grass costs 1, a tile passed over 20, a lost track 500. And a tile is worth the same on each
         track, not 1000 / their number, which no critic can see."""
-        racing = env.unwrapped
+        racing = repeat.unwrapped
         grass = sum(not wheel.tiles for wheel in racing.car.wheels)
         missed = min(20 * repeat.passed_over, 500)
         return reward * len(racing.track) / 300 - grass - missed - 500 * repeat.lost
