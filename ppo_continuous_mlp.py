@@ -483,7 +483,8 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
 def evaluate(agent, args, folder=Path()):
     """Plays ``args.eval_episodes`` episodes without noise, each from its own seed; prints a line.
 
-    Returns (returns, lengths in steps), both ``[eval_episodes]``. Films into ``folder``/videos."""
+    Returns (returns, lengths in steps), both ``[eval_episodes]``. Films into ``folder``/videos.
+    """
     device = next(agent.parameters()).device
     torch.set_num_threads(1)
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
@@ -544,11 +545,10 @@ def save_checkpoint(path: Path, checkpoint: dict) -> None:
 
 
 def load_checkpoint(path: Path, agent: nn.Module | None = None) -> dict:
-    """Reads a checkpoint, or latest.pt of a folder, as data only; gives ``agent`` its weights.
-    Raises InputError where it can't be read or they don't fit."""
+    """Reads a checkpoint, or latest.pt of a folder, and ``agent``'s weights. Raises InputError."""
     path = Path(path, "latest.pt") if Path(path).is_dir() else Path(path)
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)  # data, never code
         source = f"{checkpoint['script']}.py for {checkpoint['args']['env_id']}"
     except Exception as error:
         raise InputError(f"{path} can't be read as a checkpoint: {type(error).__name__}") from error
@@ -618,14 +618,14 @@ class Run:
 
     def on_signal(self, signum: int, frame) -> None:
         self.signals.append(signum)
-        signal.signal(signum, signal.default_int_handler)
+        signal.signal(signum, signal.default_int_handler)  # a second one: KeyboardInterrupt
 
     def __exit__(self, kind, error, traceback) -> None:
         for signum, handler in self.handlers.items():
             signal.signal(signum, handler)
         self.bar.close()
         if error is None and WORLD_SIZE > 1:
-            time.sleep(0.1)  # torch's threads end under the GIL; who frees them holds it and waits
+            time.sleep(0.1)  # torch's threads need the GIL to end, and who frees them holds it
             dist.destroy_process_group()
         if error is not None:
             error.add_note(self.advice())
@@ -728,6 +728,7 @@ class Run:
         }
         for name in ("best.pt", "latest.pt") if is_best else ("latest.pt",):
             save_checkpoint(self.folder / name, checkpoint)
+        self.writer.flush()
 
     def finish(self) -> tuple[np.ndarray, Path]:
         """Evaluates the final weights. Raises SystemExit, 130 or 143, after a signal."""
