@@ -303,21 +303,21 @@ def shrink(frame: np.ndarray) -> np.ndarray:
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
     """One CarRacing: repeated actions, small grey frames, one lever for gas and brake. In training
     it reports its episodes' returns, shapes rewards and is disturbed; else it may be seen."""
-    spec, options = gym.spec(args.env_id), {}
+    spec = gym.spec(args.env_id)
     if not str(spec.entry_point).endswith(":CarRacing"):
         raise InputError(f"--env-id {args.env_id}: no CarRacing; the other scripts take vectors")
     if not args.stock_env:
         spec = replace(spec, entry_point=FastCarRacing)
+    options = {"render_mode": "human"} if args.render else {}
     if video_folder is not None:
-        options["render_mode"] = "rgb_array"
-    elif args.render:
-        options["render_mode"] = "human"
+        options = {"render_mode": "rgb_array"}
     env = gym.make(spec, disable_env_checker=True, **options)  # it dislikes frames shown twice
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n == 0)
     env = repeat = ActionRepeat(env, ACTION_REPEAT, PATIENCE if training else None)
     if training:
-        env = gym.wrappers.RecordEpisodeStatistics(env)  # before rewards are shaped
+        # Before rewards are shaped: returns are reported in the environment's own.
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
 
     def shaped(reward: float) -> float:
         """Discounted, speed is worth more than in the score, and errors less: so a wheel on the
@@ -526,7 +526,7 @@ def collect(agent, envs, obs, num_steps):
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_actions(actions))
         terminations[step], dones[step] = terminated, terminated | truncated
         if "final_info" in infos:
-            ended, episode = infos["_final_info"], infos["final_info"]["episode"]
+            ended, episode = infos["_final_info"], infos["final_info"]["statistics"]
             episodes += zip(episode["r"][ended].tolist(), episode["l"][ended].tolist())
             for env in np.flatnonzero(truncated & ~terminated).tolist():
                 last_obs = torch.tensor(infos["final_obs"][env], device=device)

@@ -69,7 +69,7 @@ class Args:
     capture_video: bool = False  # film the evaluation's first episode: an mp4 in the run's videos/
 
     # Environment
-    env_id: str = "CartPole-v1"  # any with Discrete actions and a flat Box of observations
+    env_id: str = "CartPole-v1"  # any with Discrete actions and observations that are vectors
     num_envs: int = 16  # environments that are stepped side by side
     async_envs: bool = False  # a process for each; pays when a step takes more than about 0.1 ms
 
@@ -138,16 +138,18 @@ def preset(env_id: str, **changes) -> Args:
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
     """One environment. In training it reports its episodes' returns; else it may be seen."""
-    options = {}
+    options = {"render_mode": "human"} if args.render else {}
     if video_folder is not None:
-        options["render_mode"] = "rgb_array"
-    elif args.render:
-        options["render_mode"] = "human"
+        options = {"render_mode": "rgb_array"}
     env = gym.make(args.env_id, **options)
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n == 0)
+    if not isinstance(env.observation_space, gym.spaces.Box):  # Discrete, Dict, Tuple, ...
+        env = gym.wrappers.FlattenObservation(env)
     if training:
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
+    elif env.spec.max_episode_steps is None:  # what is learned may go round in circles for ever
+        env = gym.wrappers.TimeLimit(env, 10_000)
     return env
 
 
@@ -347,7 +349,7 @@ def collect(agent, envs, obs, num_steps):
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_actions(actions))
         terminations[step], dones[step] = terminated, terminated | truncated
         if "final_info" in infos:
-            ended, episode = infos["_final_info"], infos["final_info"]["episode"]
+            ended, episode = infos["_final_info"], infos["final_info"]["statistics"]
             episodes += zip(episode["r"][ended].tolist(), episode["l"][ended].tolist())
             for env in np.flatnonzero(truncated & ~terminated).tolist():
                 last_obs = torch.tensor(infos["final_obs"][env], device=device)

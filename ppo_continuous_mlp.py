@@ -69,7 +69,7 @@ class Args:
     capture_video: bool = False  # film the evaluation's first episode: an mp4 in the run's videos/
 
     # Environment
-    env_id: str = "LunarLanderContinuous-v3"  # any with flat Boxes of actions and observations
+    env_id: str = "LunarLanderContinuous-v3"  # any with a Box of actions, vectors as observations
     num_envs: int = 16  # environments that are stepped side by side
     async_envs: bool = False  # a process for each; pays when a step takes more than about 0.1 ms
 
@@ -157,16 +157,18 @@ def preset(env_id: str, **changes) -> Args:
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
     """One environment. In training it reports its episodes' returns; else it may be seen."""
-    options = {}
+    options = {"render_mode": "human"} if args.render else {}
     if video_folder is not None:
-        options["render_mode"] = "rgb_array"
-    elif args.render:
-        options["render_mode"] = "human"
+        options = {"render_mode": "rgb_array"}
     env = gym.make(args.env_id, **options)
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n == 0)
+    if not isinstance(env.observation_space, gym.spaces.Box):  # Discrete, Dict, Tuple, ...
+        env = gym.wrappers.FlattenObservation(env)
     if training:
-        env = gym.wrappers.RecordEpisodeStatistics(env)
+        env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
+    elif env.spec.max_episode_steps is None:  # what is learned may go round in circles for ever
+        env = gym.wrappers.TimeLimit(env, 10_000)
     return env
 
 
@@ -236,10 +238,10 @@ class Agent(nn.Module):
         super().__init__()
         if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
             raise InputError(f"{args.env_id}: observations must be a flat Box: {observation_space}")
-        if not isinstance(action_space, gym.spaces.Box) or len(action_space.shape) != 1:
+        if not isinstance(action_space, gym.spaces.Box) or action_space.dtype.kind != "f":
             hint = "ppo_cartpole.py takes Discrete"
-            raise InputError(f"{args.env_id}: actions must be a flat Box ({hint}): {action_space}")
-        num_inputs, num_actions = observation_space.shape[0], action_space.shape[0]
+            raise InputError(f"{args.env_id}: actions must be float Boxes ({hint}): {action_space}")
+        num_inputs, num_actions = observation_space.shape[0], math.prod(action_space.shape)
         width = args.hidden_size
 
         def trunk() -> nn.Module:
@@ -250,7 +252,7 @@ class Agent(nn.Module):
         self.actor_mean = nn.Sequential(trunk(), layer_init(nn.Linear(width, num_actions), 0.01))
         self.actor_logstd = nn.Parameter(torch.full((num_actions,), args.log_std_init))
         self.critic = nn.Sequential(trunk(), layer_init(nn.Linear(width, 1), std=1.0))
-        self.low, self.high = action_space.low, action_space.high
+        self.low, self.high, self.shape = action_space.low, action_space.high, action_space.shape
         bounded = np.isfinite(self.low) & np.isfinite(self.high)  # else taken as it is
         low, high = np.where(bounded, self.low, -1), np.where(bounded, self.high, 1)
         self.middle, self.half = (low + high) / 2, (high - low) / 2
@@ -284,7 +286,8 @@ class Agent(nn.Module):
 
     def env_actions(self, actions: Tensor) -> np.ndarray:
         """``actions`` as the environment takes them: -1 to 1 spans its box, the rest is clipped."""
-        return np.clip(self.middle + self.half * actions.cpu().numpy(), self.low, self.high)
+        actions = actions.cpu().numpy().reshape(-1, *self.shape)
+        return np.clip(self.middle + self.half * actions, self.low, self.high)
 
     def log_policy(self, writer, rollout: dict[str, Tensor], global_step: int) -> None:
         """Shows in TensorBoard the mean of each action over a rollout, and its noise."""
@@ -371,7 +374,7 @@ def collect(agent, envs, obs, num_steps):
         obs, rewards[step], terminated, truncated, infos = envs.step(agent.env_actions(actions))
         terminations[step], dones[step] = terminated, terminated | truncated
         if "final_info" in infos:
-            ended, episode = infos["_final_info"], infos["final_info"]["episode"]
+            ended, episode = infos["_final_info"], infos["final_info"]["statistics"]
             episodes += zip(episode["r"][ended].tolist(), episode["l"][ended].tolist())
             for env in np.flatnonzero(truncated & ~terminated).tolist():
                 last_obs = torch.tensor(infos["final_obs"][env], device=device)
