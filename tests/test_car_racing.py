@@ -224,8 +224,8 @@ def test_training_reports_raw_returns_and_trains_on_scaled_rewards(tmp_path, cal
             0.5 * (raw * length - on_grass[-1] - lost)
         )
     assert set(on_grass) >= {0, 4}
-    assert infos["final_info"]["episode"]["r"][0] == pytest.approx(total)
-    assert infos["final_info"]["episode"]["l"][0] == len(on_grass)
+    assert infos["final_info"]["statistics"]["r"][0] == pytest.approx(total)
+    assert infos["final_info"]["statistics"]["l"][0] == len(on_grass)
     envs.close()
 
 
