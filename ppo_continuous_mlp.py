@@ -384,7 +384,7 @@ def collect(agent, envs, obs, num_steps):
     rollout["rewards"] = torch.tensor(rewards, device=device)
     rollout["terminations"] = torch.tensor(terminations, device=device)
     rollout["dones"] = torch.tensor(dones, device=device)
-    # One pass over all steps costs a fortieth of one pass for each of them.
+    # One pass over all steps costs less than one for each: for 128 of 4 CartPoles, a fortieth.
     inputs = rollout["obs"].flatten(0, 1), rollout["actions"].flatten(0, 1)
     logprobs, _, values = agent.evaluate_actions(*inputs)
     rollout["logprobs"] = logprobs.view(num_steps, envs.num_envs)
@@ -580,7 +580,7 @@ class Run:
         self.args, self.agent, self.optimizer, self.envs = args, agent, optimizer, envs
         self.settings = {k: v for k, v in asdict(args).items() if k not in NOT_SAVED}
         self.device = next(agent.parameters()).device
-        self.rng = torch.cuda if self.device.type == "cuda" else torch  # whose random state is saved
+        self.rng = torch.cuda if self.device.type == "cuda" else torch  # its random state is saved
         self.folder, self.iteration, self.global_step = None, 0, 0
         self.recent_returns, self.best_return = deque(maxlen=100), -math.inf
         self.signals, self.stop_requested = [], False
