@@ -401,11 +401,8 @@ def collect(agent, envs, obs, num_steps):
 
 
 def update(agent, optimizer, rollout, clip_coef, args, loss_fn=ppo_loss):
-    """Improves the agent on one rollout, in epochs of shuffled minibatches.
-
-    Returns means of ppo_loss's statistics, grad_norm (before clipping) and explained_variance: how
-    much of the returns the critic foresaw, 1 all, 0 nothing.
-    """
+    """Improves the agent on one rollout, in epochs of shuffled minibatches. Returns what is logged:
+    means; explained_variance is how much of the returns the critic foresaw, 1 all, 0 nothing."""
     inputs = map(rollout.get, ("rewards", "values", "next_values", "terminations", "dones"))
     advantages, returns = compute_gae(*inputs, args.gamma, args.gae_lambda)
     batch = rollout | {"advantages": advantages, "returns": returns}
@@ -634,6 +631,8 @@ class Run:
             error.add_note(self.advice())
         if isinstance(error, EOFError | ConnectionError) and self.args.async_envs:
             raise RunError(f"a process of the environments is gone; {self.advice()}") from error
+        if isinstance(error, SystemExit):
+            raise RunError(f"the environment called sys.exit(); {self.advice()}") from error
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"process {RANK} lost another; {self.advice()}") from error
 

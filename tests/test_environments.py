@@ -88,3 +88,20 @@ def test_an_evaluation_ends_where_episodes_never_do(mlp_script, tmp_path):
     actions = Discrete(2) if mlp_script is ppo_cartpole else FLAT
     returns = trained(mlp_script, tmp_path, actions=actions, limit=None)
     assert returns.tolist() == [10_000, 10_000]
+
+
+class Exits(Odd):
+    """Calls sys.exit(), as a game does whose window is closed."""
+
+    def step(self, action):
+        raise SystemExit(0)
+
+
+@pytest.mark.parametrize("async_envs", [False, True])
+def test_an_environment_that_exits_is_a_failure(mlp_script, tmp_path, async_envs):
+    """Not a run that ended well: sys.exit() alone would end with status 0 and no word."""
+    actions = Discrete(2) if mlp_script is ppo_cartpole else FLAT
+    gym.register("Exits-v0", Exits, kwargs={"observations": FLAT, "actions": actions})
+    args = tiny_args(mlp_script, tmp_path, env_id="Exits-v0", async_envs=async_envs)
+    with pytest.raises(mlp_script.RunError, match=r"sys\.exit\(\)|process of the environments"):
+        mlp_script.train(args)
