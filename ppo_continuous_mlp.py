@@ -867,6 +867,7 @@ def parse_args() -> Args:
 
 def main() -> None:
     """Trains or evaluates. Ends with status 2 where something is refused, 1 where a run fails."""
+    sys.path.append(os.getcwd())  # where --env-id module:Id may have its module
     try:
         args = parse_args()
         if args.evaluate is None:

@@ -1,9 +1,12 @@
 """Environments as people have them: odd observations, odd actions, odd infos, no time limit."""
 
+import subprocess
+import sys
+
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ppo_cartpole, ppo_continuous_mlp, tiny_args
+from conftest import ROOT, ppo_cartpole, ppo_continuous_mlp, tiny_args
 from gymnasium.spaces import Box, Dict, Discrete, MultiBinary, MultiDiscrete, Tuple
 
 FLAT = Box(-1, 1, (3,))
@@ -105,3 +108,21 @@ def test_an_environment_that_exits_is_a_failure(mlp_script, tmp_path, async_envs
     args = tiny_args(mlp_script, tmp_path, env_id="Exits-v0", async_envs=async_envs)
     with pytest.raises(mlp_script.RunError, match=r"sys\.exit\(\)|process of the environments"):
         mlp_script.train(args)
+
+
+ROBOT = """
+import gymnasium
+from gymnasium.envs.classic_control import {base} as Base
+gymnasium.register("Robot-v0", entry_point=Base, max_episode_steps=10)
+"""
+
+
+def test_a_module_of_the_current_folder_is_found(mlp_script, tmp_path):
+    """Without PYTHONPATH, though the script lies elsewhere."""
+    base = "CartPoleEnv" if mlp_script is ppo_cartpole else "PendulumEnv"
+    (tmp_path / "robot.py").write_text(ROBOT.format(base=base))
+    flags = ["--env-id", "robot:Robot-v0", "--num-envs", "2", "--num-steps", "8"]
+    flags += ["--num-minibatches", "1", "--total-timesteps", "32", "--eval-episodes", "1"]
+    command = [sys.executable, str(ROOT / f"{mlp_script.__name__}.py"), *flags]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "evaluation: mean" in done.stdout, done.stderr
