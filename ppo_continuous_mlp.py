@@ -323,7 +323,7 @@ def ppo_loss(agent, minibatch, clip_coef, args):
 
     ``minibatch`` has rows of a rollout: obs, actions, logprobs, values, advantages, returns, each
     ``[batch, ...]``. Returns the loss and, detached, what is logged. approx_kl is (r - 1) - log r,
-    never negative and less noisy than old_approx_kl's -log r (http://joschu.net/blog/kl-approx.html).
+    never negative and less noisy than -log r (http://joschu.net/blog/kl-approx.html).
     """
     new_logprob, entropy, new_value = agent(minibatch["obs"], minibatch["actions"])
     advantages, returns = minibatch["advantages"], minibatch["returns"]

@@ -13,7 +13,7 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, ppo_carracing, suitable, tiny_args
+from conftest import ROOT, make_agent, ppo_carracing, suitable, tiny_args
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -122,8 +122,7 @@ def test_evaluation_counts_each_episode_once_whatever_their_lengths(mlp_script, 
     """Five episodes in two environments: returns and lengths in the order of the seeds."""
     args = tiny_args(mlp_script, tmp_path, env_id=suitable(mlp_script, "Limited"), eval_episodes=5)
     envs = mlp_script.make_envs(args, 1, training=False)
-    agent = mlp_script.Agent(envs.single_observation_space, envs.single_action_space, args)
-    returns, lengths = mlp_script.evaluate(agent, args)
+    returns, lengths = mlp_script.evaluate(make_agent(mlp_script, args, envs), args)
     assert returns.tolist() == lengths.tolist() == [5] * 5
 
 
