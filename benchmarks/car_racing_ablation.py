@@ -1,0 +1,173 @@
+"""What each piece of ppo_carracing.py's recipe is worth: python benchmarks/car_racing_ablation.py
+
+Trains the default run without one piece at a time, seed after seed, and judges each driver on 100
+unseen tracks that serve nothing else. A piece is taken away by an edit of the script's text, so
+that each run is an ordinary run of an ordinary script. Whole groups come first, then single pieces.
+Each run takes one core and 20 to 30 minutes; what is done stands in results/car_racing_ablation.csv
+and is not done again, and a run that was stopped goes on. `--table` only prints what there is.
+"""
+
+import csv
+import json
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+
+ROOT = Path(__file__).parent.parent
+RESULTS = Path(__file__).parent / "results" / "car_racing_ablation.csv"
+FIRST_TRACK = 20_000_000  # seed of the first of the tracks that judge
+PRICES = " - grass - missed - 500 * repeat.lost"
+GUST = "self.np_random.integers(2, 8), self.np_random.uniform(-0.1, 0.1)"
+
+# Each piece: what is taken away, and by which edits of the script, (old text, new text).
+PIECES = {
+    "nothing": [],
+    # Groups
+    "gusts": [("    if training:\n        env = Gusts(env)\n", "")],
+    "prices": [(PRICES, "")],
+    "mirror": [
+        ("both = torch.cat([obs, obs.flip(-1)]).float() / 255", "both = obs.float() / 255"),
+        (".unflatten(0, (2, -1))", ".unsqueeze(0)"),
+        ("        seen, mirrored = self.actor(features)\n", ""),
+        ("mean = (seen + mirrored[:, [2, 1, 0, 3]]) / 2", "mean = self.actor(features)[0]"),
+    ],
+    # Single pieces
+    "entropy bonus": [("ent_coef: float = 0.015", "ent_coef: float = 0.0")],
+    "little noise at first": [("constant_(self.actor.bias, 1.5)", "constant_(self.actor.bias, 0)")],
+    "speed on the dashboard": [("    small[42:] = min(2 * frame[84:, 12:14].mean(), 255)\n", "")],
+    "lever": [
+        (
+            "np.float32([-1, 0]), np.float32([1, 1])",
+            "np.float32([-1, 0, 0]), np.float32([1, 1, 1])",
+        ),
+        ("np.float32([a[0], a[1], 0.2 * (1 - a[1])])", "a"),
+        ("self.left > 0 else 0, self.shift])", "self.left > 0 else 0, self.shift, 0])"),
+        ("mirrored[:, [2, 1, 0, 3]]", "mirrored[:, [3, 1, 2, 0, 4, 5]]"),
+    ],
+    "pushes": [(GUST, "self.np_random.integers(2, 8), 0.0")],
+    "shifts": [("self.np_random.uniform(-0.07, 0.07)", "0.0")],
+    "spins": [("self.np_random.uniform(-8, 8)", "0.0")],
+    "price of a lost track": [(" - 500 * repeat.lost", "")],
+    "price of grass": [(" - grass - missed", " - missed")],
+    "price of tiles passed over": [(" - grass - missed", " - grass")],
+    "patience": [("PATIENCE = 150", "PATIENCE = 10**9")],
+    "tiles scaled by the track": [("reward * len(racing.track) / 300", "reward")],
+    "laps as truncations": [
+        ("terminated, truncated = False, True", "terminated, truncated = True, False")
+    ],
+}
+
+JUDGE = """
+import json, sys
+from contextlib import redirect_stdout
+from pathlib import Path
+from ppo_carracing import ACTION_REPEAT, evaluate, load_agent, saved_args
+run, first, tracks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+args = saved_args(run, evaluate=run, eval_seed=first, eval_episodes=tracks, cuda=False)
+agent, judged = load_agent(args), {}
+for name, trim in (("calibrated", agent.trim.item()), ("uncalibrated", 0.0)):
+    agent.trim.fill_(trim)
+    with redirect_stdout(None):
+        returns, steps = evaluate(agent, args)
+    judged[name] = returns.tolist(), (steps * ACTION_REPEAT).tolist()
+print(json.dumps(judged))
+"""
+
+
+@dataclass
+class Args:
+    pieces: tuple[str, ...] = tuple(PIECES)  # what to take away, one at a time
+    seeds: tuple[int, ...] = (11, 12, 13)  # one run each
+    tracks: int = 100  # unseen tracks that judge a driver
+    jobs: int = 2  # runs side by side, of one thread each
+    table: bool = False  # train nothing, print the table
+    total_timesteps: int = 240_000  # of each run; the default run's
+    folder: Path = Path("runs/car_racing_ablation")  # where the runs are kept
+
+
+def edited(piece: str) -> str:
+    """The script's text without ``piece``. Each edit must fit one place."""
+    text = (ROOT / "ppo_carracing.py").read_text()
+    for old, new in PIECES[piece]:
+        assert text.count(old) == 1, f"{piece}: {old!r} stands {text.count(old)} times"
+        text = text.replace(old, new)
+    return text
+
+
+def run(piece: str, seed: int, args: Args) -> None:
+    """Trains without ``piece``, or goes on, judges, and adds a row to the results."""
+    folder = args.folder / f"{piece.replace(' ', '_')}-{seed}"
+    folder.mkdir(parents=True, exist_ok=True)
+    script = folder / "ppo_carracing.py"
+    if not script.exists():  # a run that goes on does so with the text that it began with
+        script.write_text(edited(piece))
+    begun = [path.parent for path in folder.glob("CarRacing*/latest.pt")]
+    flags = ["--resume", str(begun[0])] if begun else ["--seed", str(seed)]
+    flags += ["--num-threads", "1", "--eval-episodes", str(args.tracks)]
+    flags += ["--total-timesteps", str(args.total_timesteps)]
+    start = time.time()
+    with open(folder / "log", "a") as log:
+        command = [sys.executable, str(script), "--log-dir", str(folder), *flags]
+        subprocess.run(command, check=True, stdout=log, stderr=log)
+    minutes = (time.time() - start) / 60 if not begun else np.nan
+    (latest,) = folder.glob("CarRacing*/latest.pt")
+    command = [sys.executable, "-c", JUDGE, str(latest.resolve()), str(FIRST_TRACK)]
+    command.append(str(args.tracks))
+    done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
+    for name, (returns, frames) in json.loads(done.stdout).items():
+        without = piece if name == "calibrated" else f"{piece}, and the calibration"
+        row = [without, seed, np.mean(returns), np.std(returns), np.min(returns), np.mean(frames)]
+        with open(RESULTS, "a", newline="") as file:
+            csv.writer(file).writerow([*row[:2], *(f"{x:.1f}" for x in [*row[2:], minutes])])
+
+
+def rows() -> list[dict[str, str]]:
+    with open(RESULTS, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def print_table() -> None:
+    """A row for each piece: means over its seeds, and the 95% interval of the mean return."""
+    from scipy import stats
+
+    columns = ["without", "seeds", "mean", "95% interval", "worst track", "frames a lap", "minutes"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|")
+    done = rows()
+    for piece in dict.fromkeys(row["without"] for row in done):
+        ours = [row for row in done if row["without"] == piece]
+        means = np.array([float(row["mean"]) for row in ours])
+        interval = "one run"
+        if len(means) > 1:
+            half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
+            interval = f"{means.mean() - half:.1f} to {means.mean() + half:.1f}"
+        worst = min(float(row["worst"]) for row in ours)
+        frames = np.mean([float(row["frames"]) for row in ours])
+        minutes = np.nanmedian([float(row["minutes"]) for row in ours])
+        seeds = " ".join(row["seed"] for row in ours)
+        cells = [piece, seeds, f"{means.mean():.1f}", interval, f"{worst:.1f}", f"{frames:.0f}"]
+        print("| " + " | ".join([*cells, f"{minutes:.0f}"]) + " |")
+
+
+def main() -> None:
+    args = tyro.cli(Args, description=__doc__)
+    if not RESULTS.exists():
+        RESULTS.parent.mkdir(exist_ok=True)
+        RESULTS.write_text("without,seed,mean,std,worst,frames,minutes\n")
+    if not args.table:
+        done = {(row["without"], int(row["seed"])) for row in rows()}
+        queue = [(piece, seed) for seed in args.seeds for piece in args.pieces]
+        queue = [job for job in queue if job not in done]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda job: run(*job, args), queue))
+    print_table()
+
+
+if __name__ == "__main__":
+    main()
