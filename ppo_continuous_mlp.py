@@ -26,16 +26,19 @@ al. 2022, "The 37 Implementation Details of Proximal Policy Optimization" (detai
 
 import math
 import os
+import shlex
 import signal
 import sys
 import threading
 import time
+import traceback
 from collections import deque
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from warnings import catch_warnings
 
 import gymnasium as gym
 import numpy as np
@@ -70,6 +73,7 @@ class Args:
 
     # Environment
     env_id: str = "LunarLanderContinuous-v3"  # any with a Box of actions, vectors as observations
+    env_kwargs: dict[str, bool | int | float | str] = field(default_factory=dict)  # its options
     num_envs: int = 16  # environments that are stepped side by side
     async_envs: bool = False  # a process for each; pays when a step takes more than about 0.1 ms
 
@@ -102,9 +106,10 @@ class Args:
     checkpoint_interval: int = 10  # iterations (a rollout and its update) between two checkpoints
 
     def __post_init__(self):
-        for name, value in vars(self).items():
-            if isinstance(value, np.generic):  # as from a sweep: a checkpoint can't be read with it
-                setattr(self, name, value.item())
+        for settings in (vars(self), self.env_kwargs):
+            for name, value in settings.items():
+                if isinstance(value, np.generic):  # a checkpoint with it could not be read
+                    settings[name] = value.item()
 
     @property
     def batch_size(self) -> int:
@@ -160,10 +165,13 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
     options = {"render_mode": "human"} if args.render else {}
     if video_folder is not None:
         options = {"render_mode": "rgb_array"}
-    env = gym.make(args.env_id, **options)
+    env = gym.make(args.env_id, **args.env_kwargs, **options)
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n == 0)
-    if not isinstance(env.observation_space, gym.spaces.Box):  # Discrete, Dict, Tuple, ...
+    space = env.observation_space
+    if isinstance(space, gym.spaces.Box) and len(space.shape) == 1:
+        env = gym.wrappers.TransformObservation(env, np.copy, space)  # some show one array, changed
+    elif space.dtype != np.uint8 or math.prod(space.shape) <= 2048:  # else an image: Agent refuses
         env = gym.wrappers.FlattenObservation(env)
     if training:
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
@@ -177,16 +185,13 @@ def make_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
 
     In training an episode's end and the next one's start share a step, SAME_STEP, with the true
     last observation in ``infos["final_obs"]``, and rewards are scaled. In evaluation nothing resets
-    by itself, so that each episode can have its own seed. Raises InputError.
+    by itself, so that each episode can have its own seed.
     """
     env_fns = [partial(make_env, args, training)] * num_envs
     env_fns[0] = partial(make_env, args, training, video_folder)
     vectorize = WorkerEnvs if args.async_envs else SyncVectorEnv
     autoreset_mode = AutoresetMode.SAME_STEP if training else AutoresetMode.DISABLED
-    try:
-        envs = vectorize(env_fns, copy=False, autoreset_mode=autoreset_mode)
-    except (gym.error.Error, ImportError) as error:
-        raise InputError(f"--env-id {args.env_id}: {error}") from error
+    envs = vectorize(env_fns, copy=False, autoreset_mode=autoreset_mode)
     if training:
         envs = TransformReward(envs, partial(np.multiply, args.reward_scale))
         if args.norm_reward:
@@ -237,10 +242,11 @@ class Agent(nn.Module):
     def __init__(self, observation_space: gym.Space, action_space: gym.Space, args: Args):
         super().__init__()
         if not isinstance(observation_space, gym.spaces.Box) or len(observation_space.shape) != 1:
-            raise InputError(f"{args.env_id}: observations must be a flat Box: {observation_space}")
+            hint = "images want a network of their own, as in ppo_carracing.py"
+            raise InputError(f"observations must be vectors ({hint}): {observation_space}")
         if not isinstance(action_space, gym.spaces.Box) or action_space.dtype.kind != "f":
             hint = "ppo_cartpole.py takes Discrete"
-            raise InputError(f"{args.env_id}: actions must be float Boxes ({hint}): {action_space}")
+            raise InputError(f"actions must be a Box of floats ({hint}): {action_space}")
         num_inputs, num_actions = observation_space.shape[0], math.prod(action_space.shape)
         width = args.hidden_size
 
@@ -443,7 +449,7 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
     """
     device = set_up(args)
     num_envs = args.num_envs // WORLD_SIZE
-    with closing(make_envs(args, num_envs, training=True)) as envs:
+    with open_envs(args, num_envs, training=True) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
         optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
         run = Run(args, agent, optimizer, envs)  # a new one, or the one of --resume
@@ -489,7 +495,7 @@ def evaluate(agent, args, folder=Path()):
     torch.set_num_threads(1)
     num_envs = 1 if args.render else min(args.num_envs, args.eval_episodes)
     video_folder = folder / "videos" if args.capture_video else None
-    with closing(make_envs(args, num_envs, False, video_folder)) as envs:
+    with open_envs(args, num_envs, False, video_folder) as envs:
         totals, steps, played = np.zeros(num_envs), np.zeros(num_envs), []
         seeds = args.eval_seed + np.arange(num_envs)  # of the episodes that are being played
         obs, _ = envs.reset(seed=seeds.tolist())
@@ -507,14 +513,14 @@ def evaluate(agent, args, folder=Path()):
     _, returns, lengths = np.array(sorted(played)[: args.eval_episodes]).T
     spread = f"median {np.median(returns):.1f} min {returns.min():.1f} max {returns.max():.1f}"
     which = f"episodes {len(returns)} first-seed {args.eval_seed}"
-    print(f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} {spread} {which}")
+    say(f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} {spread} {which}")
     return returns, lengths
 
 
 def load_agent(args: Args) -> nn.Module:
     """The agent of ``args.evaluate``, a run's folder or a checkpoint. Raises InputError."""
     device = set_up(args)
-    with closing(make_envs(replace(args, async_envs=False, render=False), 1, False)) as envs:
+    with open_envs(replace(args, async_envs=False, render=False), 1, training=False) as envs:
         agent = Agent(envs.single_observation_space, envs.single_action_space, args).to(device)
     load_checkpoint(args.evaluate, agent)
     return agent
@@ -599,7 +605,7 @@ class Run:
     def advice(self) -> str:
         if self.folder is None or not (self.folder / "latest.pt").exists():
             return "no checkpoint was written"
-        command = f"python {Path(__file__).name} --resume {self.folder}"
+        command = f"python {Path(__file__).name} --resume {shlex.quote(str(self.folder))}"
         return f"go on from the last checkpoint with {command}"
 
     def __enter__(self):
@@ -629,17 +635,15 @@ class Run:
             dist.destroy_process_group()
         if error is not None:
             error.add_note(self.advice())
-        if isinstance(error, EOFError | ConnectionError) and self.args.async_envs:
-            raise RunError(f"a process of the environments is gone; {self.advice()}") from error
-        if isinstance(error, SystemExit):
-            raise RunError(f"the environment called sys.exit(); {self.advice()}") from error
         if WORLD_SIZE > 1 and (isinstance(error, dist.DistError) or "gloo" in str(error)):
             raise RunError(f"process {RANK} lost another; {self.advice()}") from error
 
     def make_folder(self) -> Path:
         """Makes runs/ENV__SCRIPT__SEED__TIME, CleanRL's pattern. Raises InputError."""
         name = f"{self.args.env_id}__{self.args.exp_name}__{self.args.seed}__".replace("/", "_")
-        folder = Path(self.args.log_dir, f"{name}{int(time.time())}")
+        seconds = int(time.time())
+        while (folder := Path(self.args.log_dir, f"{name}{seconds}")).exists():
+            seconds += 1  # another run started in the same second
         try:
             folder.mkdir(parents=True)
         except OSError as error:
@@ -695,10 +699,10 @@ class Run:
         self.bar.set_postfix_str(f"return {mean_return:.1f}", refresh=False)
         self.bar.update(self.args.batch_size)
         if iteration == 10 and not self.recent_returns:
-            print(f"no episode ended in {step} steps: there are no returns to show", flush=True)
+            say(f"no episode ended in {step} steps: there are no returns to show")
         if self.bar.disable and now - self.last_line > 10:  # no terminal: a line every 10 seconds
             self.last_line, total = now, self.bar.total
-            print(f"step {step}/{total} return {mean_return:.1f} SPS {sps:.0f}", flush=True)
+            say(f"step {step}/{total} return {mean_return:.1f} SPS {sps:.0f}")
         self.last_log = now
 
     def checkpoint(self) -> None:
@@ -747,8 +751,9 @@ class Run:
             raise
         self.writer.add_scalar("eval/return_mean", returns.mean(), self.global_step)
         self.writer.close()
-        print(f"checkpoint: {self.folder / 'latest.pt'}")
-        print(f"watch it:   python {Path(__file__).name} --evaluate {self.folder} --render")
+        say(f"checkpoint: {self.folder / 'latest.pt'}")
+        folder = shlex.quote(str(self.folder))
+        say(f"watch it:   python {Path(__file__).name} --evaluate {folder} --render")
         return returns, self.folder
 
 
@@ -770,6 +775,7 @@ def all_reduce_mean(tensor: Tensor) -> Tensor:
 def set_up(args: Args) -> torch.device:
     """Checks ``args``, picks the device, joins the other processes, seeds. Raises InputError."""
     check_args(args)
+    check_env(args)
     device = torch.device("cpu")
     if args.cuda and torch.cuda.is_available():
         device = torch.device("cuda", LOCAL_RANK)
@@ -788,7 +794,7 @@ class WorkerEnvs(AsyncVectorEnv):
     """AsyncVectorEnv that waits for no process that is gone and leaves none behind."""
 
     def __init__(self, env_fns, **kwargs):
-        self.processes, self._state = [], None
+        self.processes, self._state = [], None  # no state: nothing can be asked of the processes
         try:
             super().__init__(env_fns, worker=run_worker, **kwargs)
         except BaseException:
@@ -803,12 +809,42 @@ class WorkerEnvs(AsyncVectorEnv):
                 process.kill()
                 process.join()
 
+    def _raise_if_errors(self, successes) -> None:
+        if not all(successes):  # Gymnasium would print a traceback for each environment
+            self._state = None
+            trace = self.error_queue.get()
+            print(trace, file=sys.stderr, end="")
+            raise RunError(f"an environment raised {trace.splitlines()[-1]}")
 
-def run_worker(*args) -> None:
-    """A process of WorkerEnvs: Gymnasium's own, but signals are for the process that trains."""
+
+def run_worker(index, env_fn, pipe, parent_pipe, memory, errors, *modes) -> None:
+    """A process of WorkerEnvs: Gymnasium's own, but signals are for the process that trains, and
+    errors, those of a constructor too, are sent as text: not every exception can be pickled."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    _async_worker(*args)
+    put = errors.put
+    errors.put = lambda error: put(error[-1])
+    try:
+        _async_worker(index, env_fn, pipe, parent_pipe, memory, errors, *modes)
+    except Exception:
+        put(traceback.format_exc())
+        pipe.send((None, False))
+        pipe.recv()  # a command may be on its way, and could not be sent if this process ended
+
+
+@contextmanager
+def open_envs(args: Args, num_envs: int, training: bool, video_folder: Path | None = None):
+    """make_envs() under `with`. Raises RunError where an environment calls sys.exit(), which would
+    end training as if all were well, or its process is gone."""
+    try:
+        with closing(make_envs(args, num_envs, training, video_folder)) as envs:
+            yield envs
+    except (SystemExit, EOFError, ConnectionError) as error:
+        exits = isinstance(error, SystemExit)
+        if not exits and not args.async_envs:
+            raise
+        what = "an environment called sys.exit()" if exits else "an environment's process is gone"
+        raise RunError("; ".join([what, *getattr(error, "__notes__", ())])) from error
 
 
 # --- 9. Command line ------------------------------------------------------------------------------
@@ -853,8 +889,30 @@ def check_args(args: Args) -> None:
     require(before or after, "eval_seed", f"clear of the training seeds {args.seed} to {last_seed}")
     require(args.resume is None or args.evaluate is None, "resume", "used without --evaluate")
     require(not args.render or args.evaluate is not None, "render", "used with --evaluate")
-    filmed = not args.capture_video or find_spec("moviepy") is not None
-    require(filmed, "capture_video", "used with moviepy (pip install moviepy)")
+
+
+def check_env(args: Args) -> None:
+    """Makes, resets and, where it is to be seen, draws one environment: what a flag or an install
+    can mend is found before anything is written. Raises InputError."""
+    try:
+        with TemporaryDirectory() as folder, catch_warnings(action="ignore"):
+            video_folder = Path(folder) if args.capture_video else None
+            with open_envs(replace(args, async_envs=False), 1, False, video_folder) as envs:
+                Agent(envs.single_observation_space, envs.single_action_space, args)
+                envs.reset(seed=args.eval_seed)
+                endless = isinstance(envs.envs[0], gym.wrappers.TimeLimit)  # the one of make_env
+    except Exception as error:
+        text = f"{args.env_id}: {error}"
+        expected = isinstance(error, InputError | gym.error.Error | ImportError)
+        if "reset() got an unexpected keyword argument" in text:
+            text += "; since Gym 0.26 it takes seed and options, and returns (obs, info)"
+        elif (args.render or args.capture_video) and not expected:
+            text += "; without a display, MuJoCo draws where MUJOCO_GL=egl is set"
+        elif not expected and "unexpected keyword argument" not in text:  # --env-kwargs
+            raise
+        raise InputError(text) from error
+    if endless and args.evaluate is None and RANK == 0:
+        say(f"{args.env_id} has no time limit: evaluations end an episode after 10,000 steps")
 
 
 def parse_args() -> Args:
@@ -862,7 +920,17 @@ def parse_args() -> Args:
     given = tyro.cli(Args, description=__doc__)
     checkpoint = given.resume or given.evaluate
     default = saved_args(checkpoint) if checkpoint else preset(given.env_id)
-    return tyro.cli(Args, description=__doc__, default=default)
+    # tyro makes a flag of its own of each entry of a default; so its entries are added here.
+    args = tyro.cli(Args, description=__doc__, default=replace(default, env_kwargs={}))
+    return replace(args, env_kwargs=default.env_kwargs | args.env_kwargs)
+
+
+def say(line: str) -> None:
+    """Prints a line. Where nobody reads it any more, as after `| head -1`, the run goes on."""
+    try:
+        print(line, flush=True)
+    except BrokenPipeError:
+        sys.stdout = None
 
 
 def main() -> None:
@@ -879,6 +947,10 @@ def main() -> None:
         line = f"error: {error}" if str(error) else "interrupted"
         print(line, *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         sys.exit({InputError: 2, RunError: 1, KeyboardInterrupt: 130}[type(error)])
+    except Exception as error:  # an environment's own; Python shows its traceback, then the note
+        if not hasattr(error, "__notes__"):
+            error.add_note("nothing was written")
+        raise
 
 
 if __name__ == "__main__":

@@ -31,7 +31,8 @@ class Clock(gym.Env):
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
-        self.time, self.episode = 0, self.episode + 1
+        self.time = 0
+        self.episode = 0 if seed is not None else self.episode + 1
         return np.array([0, self.episode, 0], np.float32), {}
 
     def step(self, action):
