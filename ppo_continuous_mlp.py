@@ -840,11 +840,10 @@ def open_envs(args: Args, num_envs: int, training: bool, video_folder: Path | No
         with closing(make_envs(args, num_envs, training, video_folder)) as envs:
             yield envs
     except (SystemExit, EOFError, ConnectionError) as error:
-        exits = isinstance(error, SystemExit)
-        if not exits and not args.async_envs:
-            raise
-        what = "an environment called sys.exit()" if exits else "an environment's process is gone"
-        raise RunError("; ".join([what, *getattr(error, "__notes__", ())])) from error
+        if not (args.async_envs or isinstance(error, SystemExit)):
+            raise  # an environment's own
+        notes = getattr(error, "__notes__", ())
+        raise RunError("; ".join([f"an environment is gone: {error!r}", *notes])) from error
 
 
 # --- 9. Command line ------------------------------------------------------------------------------
@@ -899,7 +898,7 @@ def check_env(args: Args) -> None:
             video_folder = Path(folder) if args.capture_video else None
             with open_envs(replace(args, async_envs=False), 1, False, video_folder) as envs:
                 Agent(envs.single_observation_space, envs.single_action_space, args)
-                envs.reset(seed=args.eval_seed)
+                envs.reset(seed=args.seed)
                 endless = isinstance(envs.envs[0], gym.wrappers.TimeLimit)  # the one of make_env
     except Exception as error:
         text = f"{args.env_id}: {error}"
@@ -948,8 +947,7 @@ def main() -> None:
         print(line, *getattr(error, "__notes__", ()), sep="; ", file=sys.stderr)
         sys.exit({InputError: 2, RunError: 1, KeyboardInterrupt: 130}[type(error)])
     except Exception as error:  # an environment's own; Python shows its traceback, then the note
-        if not hasattr(error, "__notes__"):
-            error.add_note("nothing was written")
+        error.__notes__ = getattr(error, "__notes__", ["nothing was written"])
         raise
 
 

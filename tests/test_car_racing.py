@@ -234,13 +234,53 @@ def test_the_stock_env_plays_the_same(tmp_path):
         ppo_carracing.make_env(tiny_args(ppo_carracing, tmp_path, stock_env=stock), training=False)
         for stock in (False, True)
     )
-    assert (
-        type(stock.unwrapped) is CarRacing and type(fast.unwrapped) is ppo_carracing.FastCarRacing
-    )
+    assert type(stock.unwrapped) is CarRacing
+    assert isinstance(fast.unwrapped, ppo_carracing.FastCarRacing)
     assert np.array_equal(fast.reset(seed=6)[0], stock.reset(seed=6)[0])
     for _ in range(50):
         (obs, *rest), (stock_obs, *stock_rest) = fast.step(LEVER), stock.step(LEVER)
         assert np.array_equal(obs, stock_obs) and rest == stock_rest
+
+
+class WideCarRacing(CarRacing):
+    """Somebody's own, with a longer first second."""
+
+    def reset(self, **kwargs):
+        first = super().reset(**kwargs)
+        self.t = -1.0
+        return first
+
+
+class GreyCarRacing(CarRacing):
+    """Draws itself."""
+
+    def _render(self, mode):
+        return 0 * super()._render(mode)
+
+
+def test_a_subclass_of_car_racing_trains(tmp_path):
+    """At full speed, unless it draws itself: then as it draws."""
+    gym.register("Wide-v0", f"{__name__}:WideCarRacing", max_episode_steps=500)
+    gym.register("Grey-v0", GreyCarRacing, max_episode_steps=500)
+    settings = {"num_steps": 4, "num_minibatches": 1, "total_timesteps": 8, "eval_episodes": 1}
+    for env_id, is_fast in ((f"{__name__}:Wide-v0", True), ("Grey-v0", False)):
+        args = tiny_args(ppo_carracing, tmp_path, env_id=env_id, **settings)
+        args.env_kwargs = {"lap_complete_percent": 0.5, "domain_randomize": True}
+        env = ppo_carracing.make_env(args, training=False)
+        assert isinstance(env.unwrapped, ppo_carracing.FastCarRacing) == is_fast
+        assert env.unwrapped.lap_complete_percent == 0.5 and env.unwrapped.domain_randomize
+        obs, _ = env.reset(seed=1)
+        assert (obs[:, :42].max() > 0) == is_fast
+        env.close()
+        args.env_kwargs = {}
+        ppo_carracing.train(args)
+
+
+def test_discrete_actions_are_refused(tmp_path):
+    args = tiny_args(ppo_carracing, tmp_path, env_kwargs={"continuous": False})
+    with pytest.raises(ppo_carracing.InputError, match="continuous=True"):
+        ppo_carracing.train(args)
+    assert not list(tmp_path.iterdir())
 
 
 class Straight(gym.Env):

@@ -120,7 +120,7 @@ def test_an_environment_that_exits_is_a_failure(mlp_script, tmp_path, async_envs
     actions = suitable_actions(mlp_script)
     gym.register("Exits-v0", Exits, kwargs={"observations": FLAT, "actions": actions})
     args = tiny_args(mlp_script, tmp_path, env_id="Exits-v0", async_envs=async_envs)
-    with pytest.raises(mlp_script.RunError, match=r"sys\.exit\(\)|process is gone"):
+    with pytest.raises(mlp_script.RunError, match="an environment is gone"):
         mlp_script.train(args)
 
 
@@ -260,7 +260,7 @@ def test_an_exit_in_an_evaluation_is_status_1_and_one_line(tmp_path):
     (folder,) = [word for word in run(ppo_cartpole, tmp_path).stdout.split() if "latest" in word]
     faulty(ppo_cartpole, tmp_path, step="sys.exit()")
     done = run(ppo_cartpole, tmp_path, "--evaluate", folder)
-    assert done.returncode == 1 and done.stderr == "error: an environment called sys.exit()\n"
+    assert done.returncode == 1 and done.stderr == "error: an environment is gone: SystemExit()\n"
 
 
 def test_the_interface_of_gym_before_0_26_is_refused_in_one_line(mlp_script, tmp_path):

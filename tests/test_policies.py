@@ -201,7 +201,7 @@ def test_wrong_spaces_are_refused():
         script = SCRIPTS[name]
         with pytest.raises(script.InputError, match=right_script):
             script.Agent(*SPACES[right_script], script.Args())
-        with pytest.raises(script.InputError, match=r"flat Box.*\(4, 48, 48\)"):
+        with pytest.raises(script.InputError, match=r"vectors.*\(4, 48, 48\)"):
             script.Agent(PIXELS, SPACES[name][1], script.Args())
 
 

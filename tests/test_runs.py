@@ -245,6 +245,25 @@ def test_a_signal_ends_a_run_with_a_checkpoint(script, tmp_path, signum, status)
     assert script.load_checkpoint(folder)["iteration"] >= 1
 
 
+def test_a_second_signal_ends_a_run_at_once_in_one_line(script, tmp_path):
+    """Within an iteration of minutes; nothing half-written is left."""
+    flags = ["--num-steps", "1000000", "--total-timesteps", "2000000", "--async-envs"]
+    flags += ["--eval-seed", "9000000"]
+    command = [sys.executable, str(ROOT / f"{script.__name__}.py"), *SMALL, *flags]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    process = subprocess.Popen(command, cwd=tmp_path, start_new_session=True, **pipes)
+    while not list(tmp_path.glob("runs/*/events*")):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.1)
+    time.sleep(1)
+    for _ in range(2):
+        os.killpg(process.pid, signal.SIGINT)
+        time.sleep(0.5)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors == "interrupted; no checkpoint was written\n"
+    assert not list(tmp_path.glob("runs/*/*.tmp"))
+
+
 def test_training_works_outside_the_main_thread(script, tmp_path):
     results = []
     thread = threading.Thread(target=lambda: results.append(trained(script, tmp_path)))
