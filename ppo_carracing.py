@@ -241,11 +241,6 @@ class ActionRepeat(gym.Wrapper):
         self.missed = 0  # tiles behind the farthest visited one that were not visited
         self.passed_over = 0  # how many of them the last step added
 
-    @property
-    def lost(self) -> bool:
-        """Whether patience is at its end."""
-        return self.idle >= self.patience
-
     def reset(self, **kwargs):
         self.idle, self.missed, self.unwrapped.draw = 0, 0, True
         return self.env.reset(**kwargs)
@@ -262,7 +257,7 @@ class ActionRepeat(gym.Wrapper):
         if self.patience is not None:
             if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
                 terminated, truncated = False, True
-            terminated = terminated or self.lost
+            terminated = terminated or self.idle >= self.patience
             visited = np.flatnonzero([tile.road_visited for tile in self.unwrapped.road])
             missed = visited.max(initial=-1) + 1 - len(visited)
             self.missed, self.passed_over = missed, missed - self.missed
@@ -270,27 +265,6 @@ class ActionRepeat(gym.Wrapper):
             self.unwrapped.draw = True
             obs = self.unwrapped._render("state_pixels")
         return obs, total, terminated, truncated, info
-
-
-class Gusts(gym.Wrapper):
-    """Disturbs training: pushes the steering for 2 to 7 steps, shifts the lever, spins the car.
-
-    An agent that explores with little noise learns here to correct what it didn't do; and since the
-    same lever brings different speeds, to look at its speed.
-    """
-
-    chance, left, push, shift = 0.01, 0, 0.0, 0.0
-
-    def step(self, action: np.ndarray):
-        if self.np_random.random() < self.chance / 5:  # every other lap
-            self.unwrapped.car.hull.angularVelocity += self.np_random.uniform(-8, 8)  # radians/s
-        if self.np_random.random() < 2 * self.chance:
-            self.shift = self.np_random.uniform(-0.07, 0.07)
-        if self.left == 0 and self.np_random.random() < self.chance:
-            self.left, self.push = self.np_random.integers(2, 8), self.np_random.uniform(-0.1, 0.1)
-        action = action + np.float32([self.push if self.left > 0 else 0, self.shift])
-        self.left = max(self.left - 1, 0)
-        return self.env.step(np.clip(action, self.action_space.low, self.action_space.high))
 
 
 def shrink(frame: np.ndarray) -> np.ndarray:
@@ -309,7 +283,7 @@ def shrink(frame: np.ndarray) -> np.ndarray:
 
 def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gym.Env:
     """One CarRacing: repeated actions, small grey frames, one lever for gas and brake. In training
-    it reports its episodes' returns, shapes rewards and is disturbed; else it may be seen."""
+    it reports its episodes' returns and shapes rewards; else it may be seen."""
     module, _, name = args.env_id.rpartition(":")
     if module:
         import_module(module)
@@ -337,13 +311,10 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
 
     def shaped(reward: float) -> float:
-        """Discounted, speed is worth more than in the score, and errors less: so a wheel on the
-        grass costs 1, a tile passed over 20, a lost track 500. And a tile is worth the same on each
-        track, not 1000 / their number, which no critic can see."""
-        racing = repeat.unwrapped
-        grass = sum(not wheel.tiles for wheel in racing.car.wheels)
+        """A tile is worth the same on each track, not 1000 / their number, which no critic can see;
+        and one that is passed over costs 20, or cutting a corner would pay."""
         missed = min(20 * repeat.passed_over, 500)
-        return reward * len(racing.track) / 300 - grass - missed - 500 * repeat.lost
+        return reward * len(repeat.unwrapped.track) / 300 - missed
 
     if training:
         env = gym.wrappers.TransformReward(env, shaped)
@@ -354,8 +325,6 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         env, lambda a: np.float32([a[0], a[1], 0.2 * (1 - a[1])]), lever
     )
     env = gym.wrappers.TransformObservation(env, shrink, gym.spaces.Box(0, 255, (48, 48), np.uint8))
-    if training:
-        env = Gusts(env)
     env = gym.wrappers.FrameStackObservation(env, FRAME_STACK)
     if not training and env.spec.max_episode_steps is None:
         env = gym.wrappers.TimeLimit(env, 10_000)
@@ -684,7 +653,7 @@ def evaluate(agent, args, folder=Path()):
 def calibrate(agent: nn.Module, args: Args) -> None:
     """Sets the lever's trim to what scores best on training's first tracks.
 
-    Training's discount and disturbances ask for a speed that isn't quite the score's, and 0.01 on
+    Discounted rewards and noisy actions ask for a speed that isn't quite the score's, and 0.01 on
     the lever is worth some points of return. The trim goes uphill in steps of 0.02 until both
     neighbours score less; a lost track moves a mean by more than a step does, so it becomes the
     peak of the parabola through the three means.

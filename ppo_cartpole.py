@@ -134,7 +134,7 @@ PRESETS = {
     "FrozenLake-v1": {"total_timesteps": 100_000, "num_steps": 128, "reward_scale": 1.0},
     "CliffWalking-v1": {  # normalised, one fall would hide what the shorter path is worth
         "total_timesteps": 300_000, "num_steps": 128, "anneal_clip": False, "gamma": 0.999,
-        "gae_lambda": 0.95, "norm_adv": False, "ent_coef": 0.01,
+        "gae_lambda": 0.95, "norm_adv": False, "ent_coef": 0.03,
     },
     "Taxi-v4": {
         "total_timesteps": 300_000, "num_steps": 128, "gamma": 0.99, "gae_lambda": 0.95,

@@ -1,5 +1,6 @@
 """Learning is tested by learning: short seeded runs that must reach a return on unseen seeds."""
 
+import pytest
 import torch
 from conftest import make_agent, ppo_carracing, ppo_cartpole, ppo_continuous_mlp
 
@@ -21,6 +22,29 @@ def untrained_return(script, tmp_path, episodes):
 
 def test_cartpole(tmp_path):
     assert trained_return(ppo_cartpole, tmp_path, eval_episodes=50) >= 475
+
+
+def preset_return(tmp_path, env_id, **changes):
+    """The same with what PRESETS has for ``env_id``."""
+    args = ppo_cartpole.preset(env_id, log_dir=tmp_path, cuda=False, **changes)
+    return ppo_cartpole.train(args)[0].mean()
+
+
+def test_frozen_lake(tmp_path):
+    """Without slipping the goal is reached always."""
+    assert preset_return(tmp_path, "FrozenLake-v1", env_kwargs={"is_slippery": False}) == 1
+
+
+@pytest.mark.slow
+def test_cliff_walking(tmp_path):
+    """The shortest path, along the edge, has 13 steps."""
+    assert preset_return(tmp_path, "CliffWalking-v1") == -13
+
+
+@pytest.mark.slow
+def test_taxi(tmp_path):
+    """With action masks; the shortest ways give about 7.9."""
+    assert preset_return(tmp_path, "Taxi-v4") >= 7.5
 
 
 def test_lunar_lander_continuous(tmp_path):
