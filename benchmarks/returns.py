@@ -1,22 +1,29 @@
-"""Trains a script and Stable-Baselines3's PPO over environments and seeds, and prints one table.
+"""Trains our scripts and Stable-Baselines3's PPO over environments and seeds; prints one table.
 
-    python benchmarks/returns.py --envs CartPole-v1 Acrobot-v1 --seeds 1 2 3
+    python benchmarks/returns.py --envs CartPole-v1 Acrobot-v1
 
 Ours runs with the settings that ``--env-id`` picks, SB3 with those of its zoo and as many
 environment steps. Each figure is the mean over 100 unseen episodes, of the environment's own
 reward, the policy played without noise. Each run's result is kept in returns.csv, beside this file,
 and the run is not repeated: to have it anew, as after a change of its settings, delete its line.
+What is left, and how long it takes, is said first. Without ``--train`` there is only the table.
 """
 
 import csv
+import os
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
+from threading import Lock
 
 import gymnasium as gym
 import numpy as np
 import tyro
+from scipy import stats
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo_cartpole
@@ -38,6 +45,9 @@ ZOO = {
     },
     "Acrobot-v1": {
         "normalize": True, "n_envs": 16, "n_steps": 256, "gae_lambda": 0.94, "n_epochs": 4,
+    },
+    "MountainCar-v0": {
+        "normalize": True, "n_envs": 16, "n_steps": 16, "gae_lambda": 0.98, "n_epochs": 4,
     },
     "LunarLander-v3": LANDER,
     "LunarLanderContinuous-v3": LANDER,
@@ -68,15 +78,41 @@ ZOO = {
         **MUJOCO, "batch_size": 32, "learning_rate": 5.05041e-5, "ent_coef": 0.000585045,
         "clip_range": 0.1, "n_epochs": 20, "max_grad_norm": 1, "vf_coef": 0.871923,
     },
+    "Ant-v5": {"normalize": True, "n_envs": 1},
+    "Swimmer-v5": {"normalize": True, "n_envs": 1, "gamma": 0.9999},
+    "Humanoid-v5": {
+        **MUJOCO, "batch_size": 256, "gamma": 0.95, "learning_rate": 3.56987e-5,
+        "ent_coef": 0.00238306, "clip_range": 0.3, "n_epochs": 5, "gae_lambda": 0.9,
+        "max_grad_norm": 2, "vf_coef": 0.431892, "policy_kwargs": MLP_256,
+    },
+    "Reacher-v5": {
+        **MUJOCO, "batch_size": 32, "gamma": 0.9, "learning_rate": 1.04019e-4,
+        "ent_coef": 7.52585e-8, "clip_range": 0.3, "n_epochs": 5, "gae_lambda": 1.0,
+        "max_grad_norm": 0.9, "vf_coef": 0.950368,
+    },
+    "InvertedPendulum-v5": {
+        "normalize": True, "n_envs": 1, "n_steps": 32, "gamma": 0.999, "learning_rate": 2.22425e-4,
+        "ent_coef": 1.37976e-7, "clip_range": 0.4, "n_epochs": 5, "gae_lambda": 0.9,
+        "max_grad_norm": 0.3, "vf_coef": 0.19816,
+    },
+    "InvertedDoublePendulum-v5": {
+        "normalize": True, "n_envs": 1, "n_steps": 128, "batch_size": 512, "gamma": 0.98,
+        "learning_rate": 1.55454e-4, "ent_coef": 1.05057e-6, "clip_range": 0.4, "gae_lambda": 0.8,
+        "vf_coef": 0.695929,
+    },
 }  # fmt: skip
+TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")  # the zoo has none of them
 RESULTS = Path(__file__).with_suffix(".csv")
+COLUMNS = ["environment", "who", "seed", "mean", "steps", "seconds", "date", "commit", "machine"]
 
 
 @dataclass
 class Args:
-    envs: tuple[str, ...] = tuple(ZOO)  # environments, of those in ZOO
-    seeds: tuple[int, ...] = (1, 2, 3)  # one run each
-    sb3: bool = True  # train Stable-Baselines3 too
+    envs: tuple[str, ...] = (*ZOO, *TOYS)  # environments, of these
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)  # one run of ours each
+    sb3_seeds: tuple[int, ...] = (1, 2, 3)  # one run of Stable-Baselines3's each
+    train: bool = False  # train what isn't in returns.csv yet
+    jobs: int = 1  # runs side by side
 
 
 def script_for(env_id: str):
@@ -85,11 +121,11 @@ def script_for(env_id: str):
     return ppo_cartpole if discrete else ppo_continuous_mlp
 
 
-def train_ours(env_id: str, seed: int) -> float:
-    """Mean return that the script prints at the end of a run."""
-    command = [sys.executable, script_for(env_id).__file__, "--env-id", env_id]
-    command += ["--seed", str(seed), "--log-dir", "runs/returns"]
-    output = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout
+def mean_return(env_id: str, seed: int, log_dir: Path, *flags: str) -> float:
+    """Trains ours; the mean return that the script prints at the end of a run."""
+    command = [sys.executable, script_for(env_id).__file__, "--env-id", env_id, *flags]
+    command += ["--seed", str(seed), "--log-dir", str(log_dir)]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     lines = output.splitlines()
     return next(float(line.split()[2]) for line in lines if line.startswith("evaluation:"))
 
@@ -124,28 +160,93 @@ def train_sb3(env_id: str, seed: int) -> float:
     return float(np.mean(returns))
 
 
-def main() -> None:
-    args = tyro.cli(Args, description=__doc__)
-    if not RESULTS.exists():
-        RESULTS.write_text("environment,who,seed,mean\n")
+def machine() -> str:
+    with open("/proc/cpuinfo") as file:
+        names = [line.split(":")[1].strip() for line in file if line.startswith("model name")]
+    return f"{os.cpu_count()} x {names[0]}" if names else f"{os.cpu_count()} cores"
+
+
+def read() -> list[dict[str, str]]:
     with RESULTS.open(newline="") as file:
-        _, *rows = csv.reader(file)
-    means = {(env_id, who, int(seed)): float(mean) for env_id, who, seed, mean in rows}
-    rivals = {"ours": train_ours, "SB3": train_sb3} if args.sb3 else {"ours": train_ours}
-    print("| environment | steps |" + "".join(f" {who}, per seed | {who} |" for who in rivals))
-    print("| --- " * (2 + 2 * len(rivals)) + "|", flush=True)
+        return list(csv.DictReader(file))
+
+
+def train(env_id: str, who: str, seed: int, lock: Lock) -> None:
+    """One run, and its line in returns.csv."""
+    start = time.time()
+    if who == "ours":
+        mean = mean_return(env_id, seed, Path("runs/returns"))
+    else:  # in a process of its own, for runs side by side
+        command = [sys.executable, __file__, "--sb3-run", env_id, str(seed)]
+        mean = float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[-1])
+    commit = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    row = {
+        "environment": env_id,
+        "who": who,
+        "seed": seed,
+        "mean": f"{mean:.1f}",
+        "steps": script_for(env_id).preset(env_id).total_timesteps,
+        "seconds": f"{time.time() - start:.0f}",
+        "date": date.today(),
+        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "machine": machine(),
+    }
+    with lock, RESULTS.open("a", newline="") as file:
+        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    print(f"{env_id} {who} seed {seed}: {mean:.1f}", file=sys.stderr, flush=True)
+
+
+def interval(means: list[float]) -> str:
+    """The mean of one mean for each seed, and half its 95% interval (Student's t)."""
+    if len(means) < 2:
+        return " ".join(f"{mean:.1f}" for mean in means)
+    half = stats.t.ppf(0.975, len(means) - 1) * stats.sem(means)
+    return f"{np.mean(means):.1f} ± {half:.1f}"
+
+
+def print_table(args: Args) -> None:
+    print("| environment | steps | ours, per seed | ours | SB3, per seed | SB3 | difference |")
+    print("| --- " * 7 + "|")
+    rows = read()
     for env_id in args.envs:
-        cells = [env_id, str(script_for(env_id).preset(env_id).total_timesteps)]
-        for who, train in rivals.items():
-            for seed in args.seeds:
-                run = (env_id, who, seed)
-                if run not in means:
-                    means[run] = round(train(env_id, seed), 1)
-                    with RESULTS.open("a", newline="") as file:
-                        csv.writer(file, lineterminator="\n").writerow([*run, means[run]])
-            results = [means[env_id, who, seed] for seed in args.seeds]
-            cells += [" ".join(f"{result:.1f}" for result in results), f"{np.mean(results):.1f}"]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        cells, sides = [env_id, str(script_for(env_id).preset(env_id).total_timesteps)], []
+        for who, seeds in (("ours", args.seeds), ("SB3", args.sb3_seeds)):
+            found = [r for r in rows if (r["environment"], r["who"]) == (env_id, who)]
+            means = [float(r["mean"]) for r in found if int(r["seed"]) in seeds]
+            cells += [" ".join(f"{mean:.1f}" for mean in means), interval(means)]
+            sides.append(means)
+        ours, theirs = sides
+        difference = ""
+        if min(len(ours), len(theirs)) > 1:
+            p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue  # Welch's t-test
+            significant = "" if p < 0.05 else ", not significant"
+            difference = f"{np.mean(ours) - np.mean(theirs):+.1f}{significant}"
+        print("| " + " | ".join([*cells, difference]) + " |", flush=True)
+
+
+def main() -> None:
+    if sys.argv[1:2] == ["--sb3-run"]:
+        print(train_sb3(sys.argv[2], int(sys.argv[3])))
+        return
+    args = tyro.cli(Args, description=__doc__)
+    if args.train:
+        rows = read()
+        done = {(row["environment"], row["who"], int(row["seed"])) for row in rows}
+        queue = [(env_id, "ours", seed) for env_id in args.envs for seed in args.seeds]
+        queue += [(env, "SB3", seed) for env in args.envs if env in ZOO for seed in args.sb3_seeds]
+        queue = [run for run in queue if run not in done]
+        hours, unknown = 0.0, 0
+        for env_id, who, _ in queue:
+            same = [r for r in rows if (r["environment"], r["who"]) == (env_id, who)]
+            known = [float(r["seconds"]) for r in same if r["seconds"]]
+            hours += np.mean(known) / 3600 if known else 0
+            unknown += not known
+        note = f"{len(queue)} runs are left: {hours / args.jobs:.1f} hours"
+        print(f"{note}, and {unknown} of unknown length", file=sys.stderr, flush=True)
+        lock = Lock()
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda run: train(*run, lock), queue))
+    print_table(args)
 
 
 if __name__ == "__main__":
