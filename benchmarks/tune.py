@@ -5,7 +5,7 @@ each seed, its score is the mean return of their evaluations, and it is given up
 leaves it below the median of the trials before. --search says what is tried: a range is searched
 on a log scale, a list as it is.
 
-    python benchmarks/tune.py --env-id Hopper-v5 --search learning_rate 1e-4:1e-3 gamma 0.99,0.995
+    python benchmarks/tune.py --env-id Hopper-v5 --search learning_rate=1e-4:1e-3 gamma=0.99,0.995
 
 What is done stands in the study's file, and a search that was stopped goes on with it. At the end,
 or with --table, the best trials and what share of the score's spread each flag explains. The seeds
@@ -14,7 +14,7 @@ are not those on which benchmarks/returns.py reports.
 
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -29,17 +29,15 @@ from returns import mean_return, script_for
 @dataclass
 class Args:
     env_id: str = "Acrobot-v1"
-    search: dict[str, str] = field(
-        default_factory=lambda: {
-            "learning_rate": "1e-4:3e-3",
-            "num_steps": "64,128,256,512",
-            "num_minibatches": "4,8,16,32",
-            "update_epochs": "4,8,10,16",
-            "gamma": "0.98,0.99,0.995,0.999",
-            "gae_lambda": "0.9,0.95,0.98",
-            "ent_coef": "0.0,0.001,0.01,0.03",
-        }
-    )  # what is tried: LOW:HIGH or VALUE,VALUE,...
+    search: tuple[str, ...] = (
+        "learning_rate=1e-4:3e-3",
+        "num_steps=64,128,256,512",
+        "num_minibatches=4,8,16,32",
+        "update_epochs=4,8,10,16",
+        "gamma=0.98,0.99,0.995,0.999",
+        "gae_lambda=0.9,0.95,0.98",
+        "ent_coef=0.0,0.001,0.01,0.03",
+    )  # what is tried: FLAG=LOW:HIGH or FLAG=VALUE,VALUE,...
     flags: tuple[str, ...] = ()  # more flags for each run, as in "--total-timesteps=100000"
     seeds: tuple[int, ...] = (101, 102, 103)  # runs of a trial
     trials: int = 50  # trials in all, those of the study's file among them
@@ -58,7 +56,10 @@ def suggest(trial: optuna.Trial, name: str, choices: str) -> float | int | str:
 
 def score(trial: optuna.Trial, args: Args) -> float:
     """The mean over seeds of one choice of flags."""
-    chosen = {name: suggest(trial, name, choices) for name, choices in args.search.items()}
+    chosen = {
+        name: suggest(trial, name, choices)
+        for name, choices in (entry.split("=") for entry in args.search)
+    }
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
     returns = []
     for done, seed in enumerate(args.seeds):
@@ -78,7 +79,7 @@ def score(trial: optuna.Trial, args: Args) -> float:
 def preset_values(args: Args) -> dict[str, float | str]:
     """The preset's values of the flags of the search, where the search has them too."""
     settings, values = vars(script_for(args.env_id).preset(args.env_id)), {}
-    for name, choices in args.search.items():
+    for name, choices in (entry.split("=") for entry in args.search):
         if ":" in choices:
             low, high = map(float, choices.split(":"))
             values[name] = float(np.clip(settings[name], low, high))
