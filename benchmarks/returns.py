@@ -5,11 +5,13 @@
 Ours runs with the settings that ``--env-id`` picks, SB3 with those of its zoo and as many
 environment steps. Each figure is the mean over 100 unseen episodes, of the environment's own
 reward, the policy played without noise. Each run's result is kept in returns.csv, beside this file,
-and the run is not repeated: to have it anew, as after a change of its settings, delete its line.
+and the run is not repeated: to have it anew, as after a change of its settings, delete its line
+there and in results/curves.csv, which has its training returns.
 What is left, and how long it takes, is said first. Without ``--train`` there is only the table.
 """
 
 import csv
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +21,7 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 from threading import Lock
+from warnings import catch_warnings
 
 import gymnasium as gym
 import numpy as np
@@ -103,6 +106,7 @@ ZOO = {
 }  # fmt: skip
 TOYS = ("FrozenLake-v1", "CliffWalking-v1", "Taxi-v4", "Blackjack-v1")  # the zoo has none of them
 RESULTS = Path(__file__).with_suffix(".csv")
+CURVES = Path(__file__).parent / "results" / "curves.csv"
 COLUMNS = ["environment", "who", "seed", "mean", "steps", "seconds", "date", "commit", "machine"]
 
 
@@ -121,17 +125,44 @@ def script_for(env_id: str):
     return ppo_cartpole if discrete else ppo_continuous_mlp
 
 
-def mean_return(env_id: str, seed: int, log_dir: Path, *flags: str) -> float:
-    """Trains ours; the mean return that the script prints at the end of a run."""
+def run_ours(env_id: str, seed: int, log_dir: Path, *flags: str) -> tuple[float, Path]:
+    """Trains ours; the mean return that the script prints at the end, and the run's folder."""
     command = [sys.executable, script_for(env_id).__file__, "--env-id", env_id, *flags]
     command += ["--seed", str(seed), "--log-dir", str(log_dir)]
     output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    lines = output.splitlines()
-    return next(float(line.split()[2]) for line in lines if line.startswith("evaluation:"))
+    lines = {line.split(":")[0]: line for line in output.splitlines()}
+    folder = Path(lines["checkpoint"].split(maxsplit=1)[1]).parent
+    return float(lines["evaluation"].split()[2]), folder
 
 
-def train_sb3(env_id: str, seed: int) -> float:
-    """Mean return of SB3's PPO under the zoo's settings, on the same episodes as ours."""
+def curve_of(folder: Path) -> list[tuple[int, float, float]]:
+    """(step, seconds since the start, mean training return) for each iteration that has one."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder), {"scalars": 0}).Reload()
+    start = events.FirstEventTimestamp()
+    points = events.Scalars("charts/episodic_return")
+    return [(point.step, point.wall_time - start, point.value) for point in points]
+
+
+def write_curve(run: tuple, points: list[tuple[int, float, float]], steps: int) -> None:
+    """Adds means over each 2% of a run to the curves."""
+    if not CURVES.exists():
+        CURVES.parent.mkdir(exist_ok=True)
+        CURVES.write_text("environment,who,seed,step,seconds,return\n")
+    parts = {}
+    for point in points:
+        parts.setdefault(min(50 * point[0] // steps, 49), []).append(point)
+    with CURVES.open("a", newline="") as file:
+        for part in parts.values():
+            step, seconds, mean = np.mean(part, axis=0)
+            row = [*run, f"{step:.0f}", f"{seconds:.1f}", f"{mean:.2f}"]
+            csv.writer(file, lineterminator="\n").writerow(row)
+
+
+def train_sb3(env_id: str, seed: int) -> tuple[float, list[tuple[int, float, float]]]:
+    """Mean return of SB3's PPO under the zoo's settings, on the same episodes as ours; the curve's
+    points are its training episodes."""
     import torch
     from stable_baselines3 import PPO
     from stable_baselines3.common.env_util import make_vec_env
@@ -145,7 +176,14 @@ def train_sb3(env_id: str, seed: int) -> float:
     envs = make_vec_env(env_id, n_envs, seed=seed)
     envs = VecNormalize(envs, gamma=settings.get("gamma", 0.99)) if normalize else envs
     model = PPO("MlpPolicy", envs, seed=seed, device="cpu", **settings)
-    model.learn(script_for(env_id).preset(env_id).total_timesteps)
+    points, start = [], time.time()
+
+    def note_episodes(local: dict, _) -> bool:
+        ended = [info["episode"]["r"] for info in local["infos"] if "episode" in info]
+        points.extend((model.num_timesteps, time.time() - start, total) for total in ended)
+        return True
+
+    model.learn(script_for(env_id).preset(env_id).total_timesteps, note_episodes)
     env, returns = gym.make(env_id), []
     for episode in range(100):
         obs, _ = env.reset(seed=1_000_000 + episode)
@@ -157,7 +195,7 @@ def train_sb3(env_id: str, seed: int) -> float:
             total += float(reward)
             done = terminated or truncated
         returns.append(total)
-    return float(np.mean(returns))
+    return float(np.mean(returns)), points
 
 
 def machine() -> str:
@@ -175,24 +213,30 @@ def train(env_id: str, who: str, seed: int, lock: Lock) -> None:
     """One run, and its line in returns.csv."""
     start = time.time()
     if who == "ours":
-        mean = mean_return(env_id, seed, Path("runs/returns"))
+        mean, folder = run_ours(env_id, seed, Path("runs/returns"))
+        seconds, points = time.time() - start, curve_of(folder)
     else:  # in a process of its own, for runs side by side
         command = [sys.executable, __file__, "--sb3-run", env_id, str(seed)]
-        mean = float(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.split()[-1])
+        output = subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout
+        mean, points = json.loads(output.splitlines()[-1])
+        seconds = time.time() - start
+    steps = script_for(env_id).preset(env_id).total_timesteps
     commit = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
     row = {
         "environment": env_id,
         "who": who,
         "seed": seed,
         "mean": f"{mean:.1f}",
-        "steps": script_for(env_id).preset(env_id).total_timesteps,
-        "seconds": f"{time.time() - start:.0f}",
+        "steps": steps,
+        "seconds": f"{seconds:.0f}",
         "date": date.today(),
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
         "machine": machine(),
     }
-    with lock, RESULTS.open("a", newline="") as file:
-        csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    with lock:
+        write_curve((env_id, who, seed), points, steps)
+        with RESULTS.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     print(f"{env_id} {who} seed {seed}: {mean:.1f}", file=sys.stderr, flush=True)
 
 
@@ -218,7 +262,8 @@ def print_table(args: Args) -> None:
         ours, theirs = sides
         difference = ""
         if min(len(ours), len(theirs)) > 1:
-            p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue  # Welch's t-test
+            with catch_warnings(action="ignore"):  # it dislikes seeds that agree
+                p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue  # Welch's t-test
             significant = "" if p < 0.05 else ", not significant"
             difference = f"{np.mean(ours) - np.mean(theirs):+.1f}{significant}"
         print("| " + " | ".join([*cells, difference]) + " |", flush=True)
@@ -226,7 +271,7 @@ def print_table(args: Args) -> None:
 
 def main() -> None:
     if sys.argv[1:2] == ["--sb3-run"]:
-        print(train_sb3(sys.argv[2], int(sys.argv[3])))
+        print(json.dumps(train_sb3(sys.argv[2], int(sys.argv[3]))))
         return
     args = tyro.cli(Args, description=__doc__)
     if args.train:

@@ -23,7 +23,7 @@ import tyro
 from optuna.storages.journal import JournalFileBackend
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
-from returns import mean_return, script_for
+from returns import run_ours, script_for
 
 
 @dataclass
@@ -46,6 +46,11 @@ class Args:
     table: bool = False  # try nothing, print the table
 
 
+def searched(args: Args) -> list[list[str]]:
+    """(flag, what is tried) for each flag of the search."""
+    return [entry.split("=") for entry in args.search]
+
+
 def suggest(trial: optuna.Trial, name: str, choices: str) -> float | int | str:
     """A value for the flag ``name``."""
     if ":" in choices:
@@ -56,19 +61,16 @@ def suggest(trial: optuna.Trial, name: str, choices: str) -> float | int | str:
 
 def score(trial: optuna.Trial, args: Args) -> float:
     """The mean over seeds of one choice of flags."""
-    chosen = {
-        name: suggest(trial, name, choices)
-        for name, choices in (entry.split("=") for entry in args.search)
-    }
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in chosen.items()]
+    flags = list(args.flags)
+    for name, choices in searched(args):
+        flags.append(f"--{name.replace('_', '-')}={suggest(trial, name, choices)}")
     returns = []
     for done, seed in enumerate(args.seeds):
         try:
-            returns.append(
-                mean_return(args.env_id, seed, args.folder / "runs", *args.flags, *flags)
-            )
+            mean, _ = run_ours(args.env_id, seed, args.folder / "runs", *flags)
         except subprocess.CalledProcessError as error:  # refused, or numbers that aren't finite
             raise optuna.TrialPruned from error
+        returns.append(mean)
         trial.report(float(np.mean(returns)), done)
         if done + 1 < len(args.seeds) and trial.should_prune():
             raise optuna.TrialPruned
@@ -79,7 +81,7 @@ def score(trial: optuna.Trial, args: Args) -> float:
 def preset_values(args: Args) -> dict[str, float | str]:
     """The preset's values of the flags of the search, where the search has them too."""
     settings, values = vars(script_for(args.env_id).preset(args.env_id)), {}
-    for name, choices in (entry.split("=") for entry in args.search):
+    for name, choices in searched(args):
         if ":" in choices:
             low, high = map(float, choices.split(":"))
             values[name] = float(np.clip(settings[name], low, high))
@@ -119,7 +121,7 @@ def main() -> None:
     if not args.table:
         if not study.trials:
             study.enqueue_trial(preset_values(args))
-        left = args.trials - len(study.trials)
+        left = args.trials - sum(trial.state.is_finished() for trial in study.trials)
         if left > 0:
             study.optimize(lambda trial: score(trial, args), n_trials=left, n_jobs=args.jobs)
     print_table(study)
