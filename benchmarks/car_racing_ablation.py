@@ -104,7 +104,7 @@ def run(piece: str, seed: int, args: Args) -> None:
         script.write_text(edited(piece))
     begun = [path.parent for path in folder.glob("CarRacing*/latest.pt")]
     flags = ["--resume", str(begun[0])] if begun else ["--seed", str(seed)]
-    flags += ["--num-threads", "1", "--eval-episodes", "1"]
+    flags += ["--num-threads", "1", "--eval-episodes", str(args.tracks)]
     flags += ["--total-timesteps", str(args.total_timesteps)]
     start = time.time()
     with open(folder / "log", "a") as log:
