@@ -613,9 +613,9 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
 
                 torch.set_num_threads(args.num_threads)
                 losses = update(learner, optimizer, rollout, clip_coef, args, loss_fn)
+                losses["clip_coef"] = clip_coef
 
-                charts = {"learning_rate": learning_rate, "clip_coef": clip_coef}
-                run.log(iteration, rollout, episodes, losses, charts, collect_seconds)
+                run.log(iteration, rollout, episodes, losses, learning_rate, collect_seconds)
                 run.checkpoint()
                 if run.stop_requested:
                     break
@@ -840,7 +840,7 @@ class Run:
         writer.file_writer.add_summary(session)
         return writer
 
-    def log(self, iteration, rollout, episodes, losses, charts, collect_seconds) -> None:
+    def log(self, iteration, rollout, episodes, losses, learning_rate, collect_seconds) -> None:
         """Checks an iteration's numbers and shows them. Raises RunError."""
         for name in ("obs", "rewards"):
             for step, env, *_ in (~rollout[name].isfinite()).nonzero().tolist():
@@ -855,7 +855,8 @@ class Run:
         if RANK > 0:
             return
         now, step = time.perf_counter(), self.global_step
-        charts["SPS"] = sps = (step - self.first_step) / (now - self.start)
+        sps = (step - self.first_step) / (now - self.start)
+        charts = {"learning_rate": learning_rate, "SPS": sps}
         if episodes:
             charts["episodic_return"], charts["episodic_length"] = np.mean(episodes, axis=0)
         scalars = {f"charts/{name}": value for name, value in charts.items()}

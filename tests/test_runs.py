@@ -138,7 +138,7 @@ def test_tensorboard_shows_the_tags_of_the_readme(script, run):
     events = EventAccumulator(str(folder)).Reload()
     names = "value_loss policy_loss entropy old_approx_kl approx_kl clipfrac explained_variance"
     expected = {f"losses/{name}" for name in (*names.split(), "grad_norm")}
-    expected |= {"charts/learning_rate", "charts/clip_coef", "charts/SPS"}
+    expected |= {"charts/learning_rate", "losses/clip_coef", "charts/SPS"}
     expected |= {"time/collect_fraction", "eval/return_mean"} | POLICY_TAGS[script.__name__]
     scalars = set(events.Tags()["scalars"])
     assert expected <= scalars <= expected | {"charts/episodic_return", "charts/episodic_length"}
