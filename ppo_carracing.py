@@ -65,11 +65,6 @@ from tqdm import tqdm
 # --- 1. Settings ----------------------------------------------------------------------------------
 
 
-def has_bf16() -> bool:
-    """Whether the CPU has instructions for bfloat16: without them it takes six times as long."""
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
 @dataclass
 class Args:
     # Run
@@ -77,7 +72,6 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)  # train on the GPU
     torch_deterministic: bool = True  # let cuDNN use deterministic kernels only
     num_threads: int = os.cpu_count() or 1  # torch's threads in an update; collecting takes one
-    bf16: bool = field(default_factory=has_bf16)  # the network in bfloat16: updates take 0.6 times
     compile: bool = False  # compile the loss, on a GPU into CUDA graphs; takes half a minute
     resume: Path | None = None  # go on with this run: its folder, or one of its checkpoints
     evaluate: Path | None = None  # play this run's folder or checkpoint instead of training
@@ -391,16 +385,12 @@ class Agent(nn.Module):
         nn.init.constant_(self.actor.bias, 1.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low
-        self.bf16 = args.bf16
         self.register_buffer("trim", torch.zeros(()))  # set by calibrate()
 
     def get_features(self, obs: Tensor) -> Tensor:
         """``[2, batch, 256]`` of ``obs`` and of its mirror image."""
         both = torch.cat([obs, obs.flip(-1)]).to(memory_format=torch.channels_last)
-        both = both.to(torch.bfloat16 if self.bf16 else torch.float32).div_(255)
-        with torch.autocast(obs.device.type, torch.bfloat16, enabled=self.bf16):
-            features = self.trunk(both)
-        return features.float().unflatten(0, (2, -1))
+        return self.trunk(both.float().div_(255)).unflatten(0, (2, -1))
 
     def get_policy(self, features: Tensor) -> torch.distributions.Beta:
         """Steering and lever, from 0 to 1. Alpha and beta are above 1: there is a single peak."""
@@ -699,7 +689,7 @@ def load_agent(args: Args) -> nn.Module:
 
 # What describes a call and not the agent: never saved, always from the command line.
 NOT_SAVED = {
-    "cuda", "num_threads", "bf16", "compile", "resume", "evaluate", "eval_episodes", "eval_seed",
+    "cuda", "num_threads", "compile", "resume", "evaluate", "eval_episodes", "eval_seed",
     "stock_env", "render", "capture_video", "log_dir",
 }  # fmt: skip
 

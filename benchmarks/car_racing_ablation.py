@@ -22,7 +22,12 @@ import tyro
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "car_racing_ablation.csv"
 FIRST_TRACK = 20_000_000  # seed of the first of the tracks that judge
-RECIPE = "124614a"  # the commit whose recipe is taken apart; results of an older one stay
+RECIPE = "6055802"  # the commit whose recipe is taken apart; results of an older one stay
+
+BFLOAT16 = """\
+        with torch.autocast("cpu", torch.bfloat16):
+            features = self.trunk(both.bfloat16().div_(255))
+        return features.float().unflatten(0, (2, -1))"""
 
 # Each piece: what is taken away, and by which edits of the script, (old text, new text).
 PIECES = {
@@ -33,7 +38,9 @@ PIECES = {
         ("        seen, mirrored = self.actor(features)\n", ""),
         ("mean = (seen + mirrored[:, [2, 1, 0, 3]]) / 2", "mean = self.actor(features)[0]"),
     ],
-    "bfloat16": [("default_factory=has_bf16", "default=False")],
+    "float32, but bfloat16": [
+        ("        return self.trunk(both.float().div_(255)).unflatten(0, (2, -1))", BFLOAT16)
+    ],
     "price of tiles passed over": [(" / 300 - missed", " / 300")],
     "patience": [("PATIENCE = 150", "PATIENCE = 10**9")],
     "tiles scaled by the track": [("reward * len(repeat.unwrapped.track) / 300", "reward")],

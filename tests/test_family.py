@@ -67,7 +67,7 @@ def test_shared_names_have_the_same_text(other):
 
 def test_what_differs_differs_as_it_should():
     scripts = SCRIPTS.values()
-    assert {frozenset(script.NOT_SAVED - {"stock_env", "bf16"}) for script in scripts} == {
+    assert {frozenset(script.NOT_SAVED - {"stock_env"}) for script in scripts} == {
         frozenset(SCRIPTS["ppo_cartpole"].NOT_SAVED)
     }
     checks = [definitions(name)["check_args"].replace(' "hidden_size",', "") for name in SCRIPTS]

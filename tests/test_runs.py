@@ -178,10 +178,9 @@ def test_the_same_seed_gives_the_same_weights(script, tmp_path, async_envs):
 
 
 def test_a_compiled_loss_gives_the_same_weights(script, tmp_path):
-    """Up to rounding, over a whole run: 4e-7. In bfloat16, which rounds in another order: 4e-4."""
-    exact = {"bf16": False} if script is ppo_carracing else {}
-    eager = weights(trained(script, tmp_path / "eager", **exact))
-    compiled = weights(trained(script, tmp_path / "compiled", compile=True, **exact))
+    """Up to rounding, over a whole run: 4e-7."""
+    eager = weights(trained(script, tmp_path / "eager"))
+    compiled = weights(trained(script, tmp_path / "compiled", compile=True))
     torch.testing.assert_close(compiled, eager, rtol=1e-3, atol=1e-4)
     assert not equal(compiled, eager)  # else nothing was compiled
 
