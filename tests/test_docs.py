@@ -1,5 +1,6 @@
-"""The documents: their figures stand in committed results, their files exist, their code runs."""
+"""Documents and benchmarks: figures stand in committed results, files exist, code fits and runs."""
 
+import ast
 import csv
 import re
 import shlex
@@ -8,6 +9,9 @@ import sys
 
 import pytest
 from conftest import ROOT, ppo_carracing, ppo_cartpole, ppo_continuous_mlp
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import car_racing_ablation
 
 README = (ROOT / "README.md").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
@@ -99,3 +103,9 @@ def test_the_readme_s_python_runs(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines()[-1].startswith("20 runs/Acrobot-v1__ppo_cartpole__2__")
+
+
+@pytest.mark.parametrize("piece", car_racing_ablation.PIECES)
+def test_each_piece_of_carracing_s_recipe_can_be_taken_away(piece):
+    """The edits of the ablation fit the script as it is."""
+    ast.parse(car_racing_ablation.edited(piece))
