@@ -35,7 +35,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import closing, contextmanager, redirect_stdout
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
@@ -89,7 +89,7 @@ class Args:
 
     # PPO
     total_timesteps: int = 240_000  # environment steps in all, of 4 frames each
-    learning_rate: float = 2e-4  # Adam's step size at the start
+    learning_rate: float = 4e-4  # Adam's step size at the start
     num_steps: int = 128  # steps per environment and rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0
     anneal_clip: bool = True  # lower the clip range linearly to 0
@@ -385,7 +385,6 @@ class Agent(nn.Module):
         nn.init.constant_(self.actor.bias, 1.5)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
         self.low, self.width = action_space.low, action_space.high - action_space.low
-        self.register_buffer("trim", torch.zeros(()))  # set by calibrate()
 
     def get_features(self, obs: Tensor) -> Tensor:
         """``[2, batch, 256]`` of ``obs`` and of its mirror image."""
@@ -409,10 +408,8 @@ class Agent(nn.Module):
         return sample.clamp(1e-6, 1 - 1e-6)  # log-densities explode at the very ends
 
     def best_actions(self, obs: Tensor) -> Tensor:
-        """The actions that an evaluation plays, ``[batch, 2]``: the mean, the lever trimmed."""
-        mean = self.get_policy(self.get_features(obs)).mean
-        mean[:, 1] = (mean[:, 1] + self.trim).clamp(0, 1)
-        return mean
+        """The actions that an evaluation plays, ``[batch, 2]``: the policy's mean."""
+        return self.get_policy(self.get_features(obs)).mean
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What an update asks of ``actions``: log-probability, entropy and value, ``[batch]``."""
@@ -609,9 +606,6 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
                 run.checkpoint()
                 if run.stop_requested:
                     break
-    if not run.stop_requested and RANK == 0:
-        calibrate(agent, args)
-        run.save()
     return run.finish()
 
 
@@ -648,32 +642,6 @@ def evaluate(agent, args, folder=Path()):
     which = f"episodes {len(returns)} first-seed {args.eval_seed}"
     say(f"evaluation: mean {returns.mean():.1f} std {returns.std():.1f} {spread} {which}")
     return returns, lengths
-
-
-def calibrate(agent: nn.Module, args: Args) -> None:
-    """Sets the lever's trim to what scores best on training's first tracks.
-
-    Discounted rewards and noisy actions ask for a speed that isn't quite the score's, and 0.01 on
-    the lever is worth some points of return. The trim goes uphill in steps of 0.02 until both
-    neighbours score less; a lost track moves a mean by more than a step does, so it becomes the
-    peak of the parabola through the three means.
-    """
-    args = replace(args, eval_seed=args.seed, eval_episodes=args.eval_episodes // 4)
-    args = replace(args, capture_video=False)
-    if args.eval_episodes == 0:
-        return
-    scores, best = {}, 0  # by hundredths
-    while not {best - 2, best + 2} <= scores.keys():
-        for trim in {best, best - 2, best + 2} - scores.keys():
-            agent.trim.fill_(trim / 100)
-            with redirect_stdout(None):  # its line is for unseen tracks
-                scores[trim] = evaluate(agent, args)[0].mean()
-        best = max(scores, key=scores.get)
-    left, middle, right = scores[best - 2], scores[best], scores[best + 2]
-    bend = left - 2 * middle + right
-    peak = (left - right) / bend if bend else 0.0
-    agent.trim.fill_((best + peak) / 100)
-    say(f"calibration: trim {agent.trim:.3f}")
 
 
 def load_agent(args: Args) -> nn.Module:

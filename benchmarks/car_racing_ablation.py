@@ -72,13 +72,10 @@ from pathlib import Path
 from ppo_carracing import ACTION_REPEAT, evaluate, load_agent, saved_args
 run, first, tracks = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 args = saved_args(run, evaluate=run, eval_seed=first, eval_episodes=tracks, cuda=False)
-agent, judged = load_agent(args), {}
-for name, trim in (("calibrated", agent.trim.item()), ("uncalibrated", 0.0)):
-    agent.trim.fill_(trim)
-    with redirect_stdout(None):
-        returns, steps = evaluate(agent, args)
-    judged[name] = returns.tolist(), (steps * ACTION_REPEAT).tolist()
-print(json.dumps(judged))
+agent = load_agent(args)
+with redirect_stdout(None):
+    returns, steps = evaluate(agent, args)
+print(json.dumps([returns.tolist(), (steps * ACTION_REPEAT).tolist()]))
 """
 
 
@@ -122,19 +119,10 @@ def run(piece: str, seed: int, args: Args) -> None:
     command = [sys.executable, "-c", JUDGE, str(latest.resolve()), str(FIRST_TRACK)]
     command.append(str(args.tracks))
     done = subprocess.run(command, check=True, cwd=folder, capture_output=True, text=True)
-    for name, (returns, frames) in json.loads(done.stdout).items():
-        without = piece if name == "calibrated" else f"{piece}, and the calibration"
-        row = [
-            RECIPE,
-            without,
-            seed,
-            np.mean(returns),
-            np.std(returns),
-            np.min(returns),
-            np.mean(frames),
-        ]
-        with open(RESULTS, "a", newline="") as file:
-            csv.writer(file).writerow([*row[:3], *(f"{x:.1f}" for x in [*row[3:], minutes])])
+    returns, frames = json.loads(done.stdout)
+    figures = np.mean(returns), np.std(returns), np.min(returns), np.mean(frames), minutes
+    with open(RESULTS, "a", newline="") as file:
+        csv.writer(file).writerow([RECIPE, piece, seed, *(f"{x:.1f}" for x in figures)])
 
 
 def rows() -> list[dict[str, str]]:

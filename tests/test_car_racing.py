@@ -1,12 +1,11 @@
 """FastCarRacing is CarRacing-v3 in every pixel and reward, and the wrappers do what they say."""
 
 import copy
-from dataclasses import replace
 
 import gymnasium as gym
 import numpy as np
 import pytest
-from conftest import ROOT, make_agent, ppo_carracing, tiny_args
+from conftest import ROOT, ppo_carracing, tiny_args
 from gymnasium.envs.box2d.car_racing import CarRacing
 
 STEER = np.float32([0.1, 0.5, 0.1])
@@ -305,29 +304,6 @@ def test_one_lever_works_both_pedals(tmp_path, training):
         for _ in range(3):
             env.step(np.float32([0, lever]))
         assert (wheel.gas, wheel.brake) == pytest.approx((gas, brake))
-
-
-@pytest.mark.parametrize(
-    "best, bend, expected", [(-0.03, -1e4, -0.03), (0.1, -1e4, 0.1), (-0.03, 0, 0)]
-)
-def test_calibration_finds_the_trim(tmp_path, monkeypatch, best, bend, expected):
-    """The peak of the mean return on the first training seeds, a quarter of the evaluation."""
-    played = []
-
-    def evaluate(agent, args):
-        played.append((args.eval_seed, args.eval_episodes))
-        return np.full(args.eval_episodes, 900 + bend * (float(agent.trim) - best) ** 2), None
-
-    monkeypatch.setattr(ppo_carracing, "evaluate", evaluate)
-    args = tiny_args(ppo_carracing, tmp_path, seed=7, eval_episodes=100)
-    envs = ppo_carracing.make_envs(args, 1, training=False)
-    agent = make_agent(ppo_carracing, args, envs)
-    envs.close()
-    ppo_carracing.calibrate(agent, replace(args, eval_episodes=3))
-    assert agent.trim.item() == 0 and not played
-    ppo_carracing.calibrate(agent, args)
-    assert agent.state_dict()["trim"].item() == pytest.approx(expected, abs=1e-6)
-    assert set(played) == {(7, 25)}
 
 
 def test_the_pretrained_driver_drives(tmp_path):
