@@ -139,7 +139,11 @@ def preset(env_id: str, **changes) -> Args:
 
 ACTION_REPEAT = 4  # frames that each action is held for
 FRAME_STACK = 4  # frames that the agent sees at once
-PATIENCE = 150  # frames without a new tile that end a training episode: the car is lost
+BRAKE = 0.2  # share of the brake that the lever reaches
+PATIENCE = 38  # steps without a new tile that end a training episode: the car is lost
+USUAL_TILES = 300  # tiles of a track, whose number rewards are scaled to
+PRICE_PASSED_OVER = 20  # points for each tile that a step passes over,
+MOST_PASSED_OVER = 25  # at most for so many
 
 
 class FastCarRacing(car_racing.CarRacing):
@@ -226,23 +230,14 @@ class FastCarRacing(car_racing.CarRacing):
 
 
 class ActionRepeat(gym.Wrapper):
-    """Holds each action for ``repeat`` frames, sums their rewards and shows the last one.
+    """Holds each action for ``repeat`` frames, sums their rewards and shows the last one."""
 
-    With ``patience``, in training, an episode ends otherwise. After that many frames without a new
-    tile it terminates: a lost car earns nothing more. The end of a lap truncates: pixels don't show
-    it coming, and to the critic a termination would be the loss of all tiles ahead. The last tile
-    ends each lap, also one with tiles missed, which the environment would go on with, unrewarded.
-    """
-
-    def __init__(self, env: gym.Env, repeat: int, patience: int | None):
+    def __init__(self, env: gym.Env, repeat: int):
         super().__init__(env)
-        self.repeat, self.patience = repeat, patience
-        self.idle = 0  # frames since the last new tile
-        self.missed = 0  # tiles behind the farthest visited one that were not visited
-        self.passed_over = 0  # how many of them the last step added
+        self.repeat = repeat
 
     def reset(self, **kwargs):
-        self.idle, self.missed, self.unwrapped.draw = 0, 0, True
+        self.unwrapped.draw = True
         return self.env.reset(**kwargs)
 
     def step(self, action: np.ndarray):
@@ -251,20 +246,43 @@ class ActionRepeat(gym.Wrapper):
             self.unwrapped.draw = frame == self.repeat - 1
             obs, reward, terminated, truncated, info = self.env.step(action)
             total += reward
-            self.idle = 0 if reward > 0 else self.idle + 1
             if terminated or truncated:
                 break
-        if self.patience is not None:
-            if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
-                terminated, truncated = False, True
-            terminated = terminated or self.idle >= self.patience
-            visited = np.flatnonzero([tile.road_visited for tile in self.unwrapped.road])
-            missed = visited.max(initial=-1) + 1 - len(visited)
-            self.missed, self.passed_over = missed, missed - self.missed
         if not self.unwrapped.draw:  # ended early: nobody has drawn the last observation yet
             self.unwrapped.draw = True
             obs = self.unwrapped._render("state_pixels")
         return obs, total, terminated, truncated, info
+
+
+class TrainingRules(gym.Wrapper):
+    """How training differs from an evaluation: when an episode ends, and what a step is worth.
+
+    After ``PATIENCE`` steps without a new tile it terminates: a lost car earns nothing more. The
+    last tile ends each lap, also one with tiles missed, which the environment would go on with,
+    unrewarded. That truncates: pixels don't show it coming, and to the critic a termination would
+    be the loss of all tiles ahead.
+    """
+
+    def reset(self, **kwargs):
+        self.idle = 0  # steps since the last new tile
+        self.missed = 0  # tiles behind the farthest visited one that were not visited
+        return self.env.reset(**kwargs)
+
+    def step(self, action: np.ndarray):
+        obs, reward, terminated, truncated, info = self.env.step(action)
+        visited = np.flatnonzero([tile.road_visited for tile in self.unwrapped.road])
+        missed = visited.max(initial=-1) + 1 - len(visited)
+        self.passed_over, self.missed = missed - self.missed, missed
+        self.idle = 0 if reward > 0 else self.idle + 1
+        if info.get("lap_finished") or self.unwrapped.road[-1].road_visited:
+            return obs, reward, False, True, info
+        return obs, reward, terminated or self.idle >= PATIENCE, truncated, info
+
+    def shaped(self, reward: float) -> float:
+        """A tile is worth the same on each track, not 1000 / their number, which no critic can see;
+        and one that is passed over has its price, or cutting a corner would pay."""
+        price = PRICE_PASSED_OVER * min(self.passed_over, MOST_PASSED_OVER)
+        return reward * len(self.unwrapped.track) / USUAL_TILES - price
 
 
 def shrink(frame: np.ndarray) -> np.ndarray:
@@ -305,24 +323,17 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         raise InputError(f"actions must be a Box, continuous=True: {env.action_space}")
     if video_folder is not None:
         env = gym.wrappers.RecordVideo(env, str(video_folder), episode_trigger=lambda n: n == 0)
-    env = repeat = ActionRepeat(env, ACTION_REPEAT, PATIENCE if training else None)
+    env = ActionRepeat(env, ACTION_REPEAT)
     if training:
+        env = rules = TrainingRules(env)
         # Before rewards are shaped: returns are reported in the environment's own.
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
-
-    def shaped(reward: float) -> float:
-        """A tile is worth the same on each track, not 1000 / their number, which no critic can see;
-        and one that is passed over costs 20, or cutting a corner would pay."""
-        missed = min(20 * repeat.passed_over, 500)
-        return reward * len(repeat.unwrapped.track) / 300 - missed
-
-    if training:
-        env = gym.wrappers.TransformReward(env, shaped)
-    # From a fifth of the brake at 0 to full gas at 1. With a dimension for each, an agent learned
+        env = gym.wrappers.TransformReward(env, rules.shaped)
+    # The lever: from braking at 0 to full gas at 1. With a dimension for each, an agent learned
     # little more than a constant for both in the same time.
     lever = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
     env = gym.wrappers.TransformAction(
-        env, lambda a: np.float32([a[0], a[1], 0.2 * (1 - a[1])]), lever
+        env, lambda a: np.float32([a[0], a[1], BRAKE * (1 - a[1])]), lever
     )
     env = gym.wrappers.TransformObservation(env, shrink, gym.spaces.Box(0, 255, (48, 48), np.uint8))
     env = gym.wrappers.FrameStackObservation(env, FRAME_STACK)

@@ -60,7 +60,7 @@ def script_speed(*flags: str) -> float:
 
 def zoo_env() -> gym.Env:
     """Two frames per action, grey; the zoo shrinks to 64 x 64, which costs more than this cut."""
-    env = ActionRepeat(gym.make("CarRacing-v3"), 2, patience=None)
+    env = ActionRepeat(gym.make("CarRacing-v3"), 2)
     grey = gym.spaces.Box(0, 255, (64, 64, 1), np.uint8)
     return gym.wrappers.TransformObservation(env, lambda frame: frame[16:80, 16:80, 1:2], grey)
 
@@ -93,7 +93,7 @@ def measure_environments() -> None:
     fast_spec = replace(stock_spec, entry_point=FastCarRacing)
     stock = gym.make(stock_spec, disable_env_checker=True)
     fast = gym.make(fast_spec, disable_env_checker=True)
-    repeated = ActionRepeat(gym.make(fast_spec, disable_env_checker=True), 4, patience=None)
+    repeated = ActionRepeat(gym.make(fast_spec, disable_env_checker=True), 4)
     blind = gym.make(fast_spec, disable_env_checker=True)
     blind.reset(seed=SEED)
     blind.unwrapped.draw = False

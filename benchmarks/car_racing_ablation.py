@@ -41,16 +41,14 @@ PIECES = {
     "float32, but bfloat16": [
         ("        return self.trunk(both.float().div_(255)).unflatten(0, (2, -1))", BFLOAT16)
     ],
-    "price of tiles passed over": [(" / 300 - missed", " / 300")],
-    "patience": [("PATIENCE = 150", "PATIENCE = 10**9")],
-    "tiles scaled by the track": [("reward * len(repeat.unwrapped.track) / 300", "reward")],
-    "laps as truncations": [
-        ("terminated, truncated = False, True", "terminated, truncated = True, False")
-    ],
+    "price of tiles passed over": [("PRICE_PASSED_OVER = 20", "PRICE_PASSED_OVER = 0")],
+    "patience": [("PATIENCE = 38", "PATIENCE = 10**9")],
+    "tiles scaled by the track": [("reward * len(self.unwrapped.track) / USUAL_TILES", "reward")],
+    "laps as truncations": [("reward, False, True, info", "reward, True, False, info")],
     "little noise at first": [("constant_(self.actor.bias, 1.5)", "constant_(self.actor.bias, 0)")],
     "speed on the dashboard": [("    small[42:] = min(2 * frame[84:, 12:14].mean(), 255)\n", "")],
     "tiles scaled, little noise, speed": [
-        ("reward * len(repeat.unwrapped.track) / 300", "reward"),
+        ("reward * len(self.unwrapped.track) / USUAL_TILES", "reward"),
         ("constant_(self.actor.bias, 1.5)", "constant_(self.actor.bias, 0)"),
         ("    small[42:] = min(2 * frame[84:, 12:14].mean(), 255)\n", ""),
     ],
@@ -60,7 +58,7 @@ PIECES = {
             "np.float32([-1, 0]), np.float32([1, 1])",
             "np.float32([-1, 0, 0]), np.float32([1, 1, 1])",
         ),
-        ("np.float32([a[0], a[1], 0.2 * (1 - a[1])])", "a"),
+        ("np.float32([a[0], a[1], BRAKE * (1 - a[1])])", "a"),
         ("mirrored[:, [2, 1, 0, 3]]", "mirrored[:, [3, 1, 2, 0, 4, 5]]"),
     ],
 }

@@ -90,7 +90,7 @@ def test_colors_may_be_random():
 
 def test_action_repeat_sums_rewards_and_shows_the_last_frame(both):
     stock, fast = both
-    repeated = ppo_carracing.ActionRepeat(fast, 4, patience=None)
+    repeated = ppo_carracing.ActionRepeat(fast, 4)
     assert np.array_equal(stock.reset(seed=8)[0], repeated.reset(seed=8)[0])
     for _ in range(40):
         action = follow_the_road(stock, 60)
@@ -105,7 +105,7 @@ def test_action_repeat_sums_rewards_and_shows_the_last_frame(both):
 def test_an_episode_that_ends_within_a_repeat_shows_its_last_frame(both):
     stock, fast = both
     stock.reset(seed=14)
-    repeated = ppo_carracing.ActionRepeat(fast, 8, patience=None)
+    repeated = ppo_carracing.ActionRepeat(fast, 8)
     repeated.reset(seed=14)
     action, total, got_total, frames, terminated = np.float32([0, 0.5, 0]), 0.0, 0.0, 0, False
     while not terminated and frames < 1000:
