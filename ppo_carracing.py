@@ -88,7 +88,7 @@ class Args:
     async_envs: bool = True  # a process for each; pays when a step takes more than about 0.1 ms
 
     # PPO
-    total_timesteps: int = 240_000  # environment steps in all, of 4 frames each
+    total_timesteps: int = 300_000  # environment steps in all, of 4 frames each
     learning_rate: float = 4e-4  # Adam's step size at the start
     num_steps: int = 128  # steps per environment and rollout
     anneal_lr: bool = True  # lower the learning rate linearly to 0

@@ -126,6 +126,10 @@ PRESETS = {
         "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128, "gamma": 0.999,
         "num_minibatches": 16, "update_epochs": 8,
     },
+    "MountainCar-v0": {
+        "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128, "gamma": 0.999,
+        "num_minibatches": 16, "update_epochs": 8, "ent_coef": 0.01, "norm_obs": True,
+    },
     "LunarLander-v3": {
         "total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_steps": 512, "gamma": 0.999,
         "num_minibatches": 16, "update_epochs": 8, "ent_coef": 0.01, "norm_obs": True,
