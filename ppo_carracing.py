@@ -328,7 +328,8 @@ def make_env(args: Args, training: bool, video_folder: Path | None = None) -> gy
         env = rules = TrainingRules(env)
         # Before rewards are shaped: returns are reported in the environment's own.
         env = gym.wrappers.RecordEpisodeStatistics(env, stats_key="statistics")
-        env = gym.wrappers.TransformReward(env, rules.shaped)
+        # A lambda, since Gymnasium copies a wrapper's arguments, and a method with its environment.
+        env = gym.wrappers.TransformReward(env, lambda reward: rules.shaped(reward))
     # The lever: from braking at 0 to full gas at 1. With a dimension for each, an agent learned
     # little more than a constant for both in the same time.
     lever = gym.spaces.Box(np.float32([-1, 0]), np.float32([1, 1]))
