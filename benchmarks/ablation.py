@@ -33,9 +33,9 @@ COLUMNS = ["environment", "detail", "seed", "mean", "steps", "seconds", "date", 
 STEPS = {
     "CartPole-v1": 25_000,
     "Acrobot-v1": 200_000,
-    "LunarLander-v3": 500_000,
-    "LunarLanderContinuous-v3": 500_000,
-    "HalfCheetah-v5": 500_000,
+    "LunarLander-v3": 300_000,
+    "LunarLanderContinuous-v3": 300_000,
+    "HalfCheetah-v5": 300_000,
 }
 
 
