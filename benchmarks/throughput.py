@@ -8,13 +8,15 @@ below. "Compiled" is ours with --compile, measured after the first iteration, in
 The "floor" steps the same environments with random actions and does nothing else. "Collecting" is
 the time that ours takes for its steps alone, policy included, in multiples of the floor's. The
 column "native" is the floor of CartPole's own vector environment, which the scripts don't use: its
-step after an episode's end must not be learned from.
+step after an episode's end must not be learned from. MiB are the process's peak, imports included;
+rows with more environments and larger networks show how both grow.
 
 They take turns, each in a process of its own, with torch on one thread, the fastest for all of
 them. Speeds and ratios are medians over the rounds, without imports and the making of environments.
 """
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -47,6 +49,7 @@ class Settings:
     num_minibatches: int
     update_epochs: int
     iterations: int
+    hidden_size: int = 64  # units in each of the two hidden layers
 
     @property
     def batch_size(self) -> int:
@@ -60,6 +63,9 @@ SETTINGS = [
     Settings("CartPole-v1", 16, 128, 4, 4, 40),
     Settings("CartPole-v1", 64, 128, 4, 4, 40),
     Settings("CartPole-v1", 256, 128, 4, 4, 40),
+    Settings("CartPole-v1", 1024, 128, 4, 4, 10),
+    Settings("LunarLanderContinuous-v3", 8, 256, 8, 10, 5, hidden_size=256),
+    Settings("LunarLanderContinuous-v3", 8, 256, 8, 10, 5, hidden_size=1024),
 ]
 
 
@@ -74,6 +80,8 @@ def ours(s: Settings, compile: bool = False) -> float:
     script = ppo_continuous_mlp if "Continuous" in s.env_id else ppo_cartpole
     settings = asdict(s) | {"total_timesteps": s.iterations * s.batch_size, "eval_episodes": 1}
     del settings["iterations"]
+    if script is ppo_cartpole:
+        del settings["hidden_size"]
     with tempfile.TemporaryDirectory() as folder:
         settings |= {"cuda": False, "num_threads": 1, "compile": compile, "log_dir": Path(folder)}
         _, run = script.train(script.Args(**settings))
@@ -92,6 +100,7 @@ def sb3(s: Settings) -> float:
 
     envs = make_vec_env(s.env_id, s.num_envs)
     sizes = {"n_steps": s.num_steps, "batch_size": s.batch_size // s.num_minibatches}
+    sizes["policy_kwargs"] = {"net_arch": 2 * [s.hidden_size]}
     model = PPO("MlpPolicy", envs, n_epochs=s.update_epochs, **sizes)
     start = time.perf_counter()
     model.learn(s.iterations * s.batch_size)
@@ -110,8 +119,9 @@ def plain(s: Settings) -> float:
         return env
 
     def mlp(num_outputs: int) -> nn.Module:
-        hidden = [nn.Linear(num_inputs, 64), nn.Tanh(), nn.Linear(64, 64), nn.Tanh()]
-        return nn.Sequential(*hidden, nn.Linear(64, num_outputs))
+        size = s.hidden_size
+        hidden = [nn.Linear(num_inputs, size), nn.Tanh(), nn.Linear(size, size), nn.Tanh()]
+        return nn.Sequential(*hidden, nn.Linear(size, num_outputs))
 
     def get_policy(obs: torch.Tensor) -> torch.distributions.Distribution:
         if discrete:
@@ -219,7 +229,8 @@ MEASURES = {
 
 
 def measure_apart(what: str, setting: int) -> list[str]:
-    """Measures one in a process of its own. Returns the lines that it prints."""
+    """Measures one in a process of its own. Returns the lines that it prints, the last of them
+    steps per second and MiB."""
     command = [sys.executable, __file__, "--what", what, "--setting", str(setting)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.check_output(command, text=True, env=environment).splitlines()
@@ -230,22 +241,25 @@ def main() -> None:
     if args.what != "all":
         torch.set_num_threads(1)
         print(MEASURES[args.what](SETTINGS[args.setting]))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    columns = ["environment", "envs", "ours, steps/s", "x SB3", "x plain"]
+    columns = ["environment", "envs", "units", "ours, steps/s", "x SB3", "x plain"]
     columns += ["compiled, steps/s", "x SB3", "x plain"]
-    columns += ["floor, steps/s", "collecting, x floor", "native"]
+    columns += ["floor, steps/s", "collecting, x floor", "native", "ours, MiB", "SB3, MiB"]
     print("| " + " | ".join(columns) + " |")
     print("| --- " * len(columns) + "|")
     for index, s in enumerate(SETTINGS):
         speeds = {name: [] for name in [*MEASURES, "collecting"]}
+        peaks = {name: [] for name in MEASURES}
         for _ in range(args.rounds):
             for name in MEASURES:
                 lines = measure_apart(name, index)
-                speeds[name].append(float(lines[-1]))
+                speeds[name].append(float(lines[-2]))
+                peaks[name].append(float(lines[-1]))
                 if name == "ours":
-                    speeds["collecting"].append(float(lines[-2]))
+                    speeds["collecting"].append(float(lines[-3]))
         speeds = {name: np.array(values) for name, values in speeds.items()}
-        cells = [s.env_id, str(s.num_envs)]
+        cells = [s.env_id, str(s.num_envs), str(s.hidden_size)]
         for name in ("ours", "compiled"):
             cells.append(f"{np.median(speeds[name]):.0f}")
             cells.append(f"{np.median(speeds[name] / speeds['sb3']):.1f}")
@@ -253,6 +267,7 @@ def main() -> None:
         cells.append(f"{np.median(speeds['floor']):.0f}")
         cells.append(f"{np.median(speeds['floor'] / speeds['collecting']):.2f}")
         cells.append(f"{np.median(speeds['native']):.0f}")
+        cells += [f"{np.median(peaks[name]):.0f}" for name in ("ours", "sb3")]
         print("| " + " | ".join(cells) + " |", flush=True)
 
 
