@@ -22,7 +22,7 @@ from warnings import catch_warnings
 import numpy as np
 import torch
 import tyro
-from returns import script_for
+from returns import commit, script_for
 from scipy import stats
 from torch import nn
 
@@ -209,9 +209,7 @@ def run(job: tuple[str, str, int]) -> None:
         raise RuntimeError(done.stderr)
     mean = "nan" if done.returncode else f"{float(done.stdout.split()[-1]):.1f}"
     steps = STEPS.get(env_id, script_for(env_id).preset(env_id).total_timesteps)
-    git = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
-    row = [env_id, detail, seed, mean, steps, f"{time.time() - start:.0f}", date.today(), commit]
+    row = [env_id, detail, seed, mean, steps, f"{time.time() - start:.0f}", date.today(), commit()]
     with RESULTS.open("a", newline="") as file:
         csv.writer(file, lineterminator="\n").writerow(row)
 

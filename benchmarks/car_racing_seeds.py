@@ -5,21 +5,30 @@ own CarRacing-v3.
 
 While a run trains, its weights are copied every minute. "Minutes to 900" is the age of the first
 copy that scores a mean of 900 or more on the first 30 unseen tracks, among the copies whose
-training returns have reached a mean of 700. A finished run is kept and not trained again.
+training returns have reached a mean of 700. A finished run is kept and not trained again; a row of
+results/car_racing_seeds.csv is not made again, and its run's curve stands in results/curves.csv.
 """
 
+import csv
 import shutil
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import numpy as np
 import tyro
+from returns import commit, curve_of, machine, write_curve
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo_carracing as script
+
+RESULTS = Path(__file__).parent / "results" / "car_racing_seeds.csv"
+SHOWN = ["seed", "mean", "std", "median", "worst", "% above 900", "frames per lap"]
+SHOWN += ["minutes to 900", "minutes in all"]
+COLUMNS = [*SHOWN, "steps", "date", "commit", "machine"]
 
 
 @dataclass
@@ -63,26 +72,41 @@ def reaches_900(copy: Path) -> bool:
     return np.mean(recent) >= 700 and play(copy, 30, stock=False)[0].mean() >= 900
 
 
+def judge(seed: int, folder: Path, tracks: int) -> dict:
+    """A finished run's row of the results."""
+    (run,) = folder.glob("CarRacing*")
+    args = script.saved_args(run)
+    write_curve((args.env_id, "ours", seed), curve_of(run), args.total_timesteps)
+    returns, frames = play(run, tracks, stock=True)
+    above = 100 * (returns > 900).mean()
+    figures = [returns.mean(), returns.std(), np.median(returns), returns.min(), above]
+    copies = sorted(folder.glob("copies/*.pt"))
+    reached = next((int(copy.stem) + 1 for copy in copies if reaches_900(copy)), "never")
+    row = [seed, *(f"{figure:.1f}" for figure in [*figures, frames.mean()]), reached]
+    row += [(folder / "minutes").read_text().strip(), args.total_timesteps]
+    return dict(zip(COLUMNS, [*row, date.today(), commit(), machine()]))
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
-    folders = {seed: args.folder / str(seed) for seed in args.seeds}
-    for seed, folder in folders.items():
-        if not (folder / "minutes").exists():
+    if not RESULTS.exists():
+        RESULTS.write_text(",".join(COLUMNS) + "\n")
+    for seed in args.seeds:
+        with RESULTS.open(newline="") as file:
+            done = [int(row["seed"]) for row in csv.DictReader(file)]
+        folder = args.folder / str(seed)
+        if seed not in done and not (folder / "minutes").exists():
             train(seed, folder)
-    columns = ["seed", "mean", "std", "median", "worst", "% above 900", "frames per lap"]
-    columns += ["minutes to 900", "minutes in all"]
-    print("| " + " | ".join(columns) + " |")
-    print("| --- " * len(columns) + "|", flush=True)
-    for seed, folder in folders.items():
-        (run,) = folder.glob("CarRacing*")
-        returns, frames = play(run, args.tracks, stock=True)
-        above = 100 * (returns > 900).mean()
-        figures = [returns.mean(), returns.std(), np.median(returns), returns.min(), above]
-        cells = [str(seed), *(f"{figure:.1f}" for figure in [*figures, frames.mean()])]
-        copies = sorted(folder.glob("copies/*.pt"))
-        reached = next((int(copy.stem) + 1 for copy in copies if reaches_900(copy)), "never")
-        cells += [str(reached), (folder / "minutes").read_text().strip()]
-        print("| " + " | ".join(cells) + " |", flush=True)
+        if seed not in done:
+            row = judge(seed, folder, args.tracks)
+            with RESULTS.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+    print("| " + " | ".join(SHOWN) + " |")
+    print("| --- " * len(SHOWN) + "|")
+    with RESULTS.open(newline="") as file:
+        for row in csv.DictReader(file):
+            if int(row["seed"]) in args.seeds:
+                print("| " + " | ".join(row[column] for column in SHOWN) + " |")
 
 
 if __name__ == "__main__":

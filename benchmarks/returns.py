@@ -204,6 +204,11 @@ def machine() -> str:
     return f"{os.cpu_count()} x {names[0]}" if names else f"{os.cpu_count()} cores"
 
 
+def commit() -> str:
+    command = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+
 def read() -> list[dict[str, str]]:
     with RESULTS.open(newline="") as file:
         return list(csv.DictReader(file))
@@ -221,7 +226,6 @@ def train(env_id: str, who: str, seed: int, lock: Lock) -> None:
         mean, points = json.loads(output.splitlines()[-1])
         seconds = time.time() - start
     steps = script_for(env_id).preset(env_id).total_timesteps
-    commit = ["git", "-C", str(RESULTS.parent), "rev-parse", "--short", "HEAD"]
     row = {
         "environment": env_id,
         "who": who,
@@ -230,7 +234,7 @@ def train(env_id: str, who: str, seed: int, lock: Lock) -> None:
         "steps": steps,
         "seconds": f"{seconds:.0f}",
         "date": date.today(),
-        "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip(),
+        "commit": commit(),
         "machine": machine(),
     }
     with lock:
