@@ -3,6 +3,7 @@
     learning_curves.png      results/curves.csv, made by returns.py --train
     learning_seconds.png     the same against seconds
     ablation.png             results/ablation.csv, made by ablation.py
+    throughput.png           results/throughput.csv, made by throughput.py
 
 Lines are means over seeds, bands their 95% intervals. The background is transparent and the text
 grey, so that both can be read on light pages and dark ones; the colours are Okabe and Ito's, which
@@ -139,11 +140,35 @@ def draw_ablation(path: Path) -> None:
     print(path)
 
 
+def draw_throughput(path: Path) -> None:
+    """Bars of steps per second: a group for each number of environments and size of network."""
+    found = defaultdict(dict)
+    for row in rows("throughput.csv"):
+        where = f"{row['environment']}\n{row['envs']} envs, {row['units']} units"
+        found[where][row["what"]] = float(row["steps/s"])
+    if not found:
+        return
+    figure, axes = plt.subplots(figsize=(9.6, 2.6), layout="constrained")
+    shown = {"ours": "this project", "compiled": "with --compile", "sb3": "Stable-Baselines3"}
+    colours = [COLOURS["ours"], "#56b4e9", COLOURS["SB3"]]
+    for offset, (what, colour) in enumerate(zip(shown, colours)):
+        heights = [speeds[what] for speeds in found.values()]
+        x = np.arange(len(found)) + 0.27 * (offset - 1)
+        axes.bar(x, heights, 0.25, color=colour, label=shown[what])
+    axes.set_xticks(range(len(found)), found, fontsize=6)
+    axes.set_yscale("log")
+    axes.set_ylabel("environment steps per second")
+    figure.legend(loc="outside upper right", ncols=3, frameon=False)
+    figure.savefig(path)
+    print(path)
+
+
 def main() -> None:
     plt.rcParams.update(STYLE)
     draw_curves(FOLDER / "learning_curves.png", "step", "environment steps")
     draw_curves(FOLDER / "learning_seconds.png", "seconds", "seconds, evaluation not included")
     draw_ablation(FOLDER / "ablation.png")
+    draw_throughput(FOLDER / "throughput.png")
 
 
 if __name__ == "__main__":
