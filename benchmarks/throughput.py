@@ -12,8 +12,8 @@ step after an episode's end must not be learned from. MiB are the process's peak
 rows with more environments and larger networks show how both grow.
 
 They take turns, each in a process of its own, with torch on one thread, the fastest for all of
-them. Speeds and ratios are medians over the rounds, without imports and the making of environments; they
-are written to results/throughput.csv too.
+them. Speeds and ratios are medians over the rounds, without imports and the making of environments.
+Medians are written to results/throughput.csv too.
 """
 
 import csv
@@ -266,8 +266,8 @@ def main() -> None:
                     speeds["collecting"].append(float(lines[-3]))
         speeds = {name: np.array(values) for name, values in speeds.items()}
         cells = [s.env_id, str(s.num_envs), str(s.hidden_size)]
-        for name in MEASURES:
-            rows.append([*cells, name, *np.median([speeds[name], peaks[name]], axis=1).round()])
+        medians = {name: np.median([speeds[name], peaks[name]], axis=1) for name in MEASURES}
+        rows += [[*cells, name, *median.round()] for name, median in medians.items()]
         for name in ("ours", "compiled"):
             cells.append(f"{np.median(speeds[name]):.0f}")
             cells.append(f"{np.median(speeds[name] / speeds['sb3']):.1f}")
