@@ -87,26 +87,30 @@ def judge(seed: int, folder: Path, tracks: int) -> dict:
     return dict(zip(COLUMNS, [*row, date.today(), commit(), machine()]))
 
 
+def rows() -> list[dict[str, str]]:
+    with RESULTS.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if not RESULTS.exists():
         RESULTS.write_text(",".join(COLUMNS) + "\n")
+    done = {int(row["seed"]) for row in rows()}
     for seed in args.seeds:
-        with RESULTS.open(newline="") as file:
-            done = [int(row["seed"]) for row in csv.DictReader(file)]
+        if seed in done:
+            continue
         folder = args.folder / str(seed)
-        if seed not in done and not (folder / "minutes").exists():
+        if not (folder / "minutes").exists():
             train(seed, folder)
-        if seed not in done:
-            row = judge(seed, folder, args.tracks)
-            with RESULTS.open("a", newline="") as file:
-                csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
+        row = judge(seed, folder, args.tracks)
+        with RESULTS.open("a", newline="") as file:
+            csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     print("| " + " | ".join(SHOWN) + " |")
     print("| --- " * len(SHOWN) + "|")
-    with RESULTS.open(newline="") as file:
-        for row in csv.DictReader(file):
-            if int(row["seed"]) in args.seeds:
-                print("| " + " | ".join(row[column] for column in SHOWN) + " |")
+    for row in rows():
+        if int(row["seed"]) in args.seeds:
+            print("| " + " | ".join(row[column] for column in SHOWN) + " |")
 
 
 if __name__ == "__main__":

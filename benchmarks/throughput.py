@@ -35,7 +35,6 @@ from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-
 RESULTS = Path(__file__).parent / "results" / "throughput.csv"
 
 
