@@ -44,6 +44,7 @@ PIECES = {
     "learning rate 4e-4, but 2e-4": [
         ("learning_rate: float = 4e-4", "learning_rate: float = 2e-4")
     ],
+    "8 epochs, but 5": [("update_epochs: int = 8", "update_epochs: int = 5")],
     "price of tiles passed over": [("PRICE_PASSED_OVER = 20", "PRICE_PASSED_OVER = 0")],
     "patience": [("PATIENCE = 38", "PATIENCE = 10**9")],
     "patience, laps as truncations": [
