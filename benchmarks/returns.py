@@ -253,16 +253,16 @@ def interval(means: list[float]) -> str:
 
 
 def print_table(args: Args) -> None:
-    print("| environment | steps | ours, per seed | ours | SB3, per seed | SB3 | difference |")
-    print("| --- " * 7 + "|")
+    """A row for each environment: means over seeds with their 95% intervals."""
+    columns = ["environment", "steps", "ours", "SB3", "difference"]
+    print("| " + " | ".join(columns) + " |")
+    print("| --- " * len(columns) + "|")
     rows = read()
     for env_id in args.envs:
-        cells, sides = [env_id, str(script_for(env_id).preset(env_id).total_timesteps)], []
+        sides = []
         for who, seeds in (("ours", args.seeds), ("SB3", args.sb3_seeds)):
             found = [r for r in rows if (r["environment"], r["who"]) == (env_id, who)]
-            means = [float(r["mean"]) for r in found if int(r["seed"]) in seeds]
-            cells += [" ".join(f"{mean:.1f}" for mean in means), interval(means)]
-            sides.append(means)
+            sides.append([float(r["mean"]) for r in found if int(r["seed"]) in seeds])
         ours, theirs = sides
         difference = ""
         if min(len(ours), len(theirs)) > 1:
@@ -270,7 +270,9 @@ def print_table(args: Args) -> None:
                 p = stats.ttest_ind(ours, theirs, equal_var=False).pvalue  # Welch's t-test
             significant = "" if p < 0.05 else ", not significant"
             difference = f"{np.mean(ours) - np.mean(theirs):+.1f}{significant}"
-        print("| " + " | ".join([*cells, difference]) + " |", flush=True)
+        steps = script_for(env_id).preset(env_id).total_timesteps
+        cells = [env_id, str(steps), interval(ours), interval(theirs), difference]
+        print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
