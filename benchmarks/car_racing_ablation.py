@@ -45,6 +45,10 @@ PIECES = {
         ("learning_rate: float = 4e-4", "learning_rate: float = 2e-4")
     ],
     "8 epochs, but 5": [("update_epochs: int = 8", "update_epochs: int = 5")],
+    "64 filters in the middle, but 32": [
+        ("nn.Conv2d(32, 64, 3, stride=2)", "nn.Conv2d(32, 32, 3, stride=2)"),
+        ("nn.Conv2d(64, 64, 3)", "nn.Conv2d(32, 64, 3)"),
+    ],
     "price of tiles passed over": [("PRICE_PASSED_OVER = 20", "PRICE_PASSED_OVER = 0")],
     "patience": [("PATIENCE = 38", "PATIENCE = 10**9")],
     "patience, laps as truncations": [
