@@ -17,6 +17,7 @@ import time
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import tyro
@@ -36,14 +37,16 @@ class Args:
     seeds: tuple[int, ...] = (1, 2, 3)  # one run each
     tracks: int = 100  # unseen tracks of the final evaluation
     folder: Path = Path("runs/car_racing_seeds")  # where the runs are kept
+    quick: bool = False  # only a short run of the first seed, judged on 4 tracks and kept nowhere
 
 
-def train(seed: int, folder: Path) -> None:
+def train(seed: int, folder: Path, *flags: str) -> None:
     """Runs the script to its end, with a copy of its weights every minute in ``folder``/copies."""
     copies = folder / "copies"
     shutil.rmtree(folder, ignore_errors=True)
     copies.mkdir(parents=True)
     command = [sys.executable, script.__file__, "--seed", str(seed), "--log-dir", str(folder)]
+    command += flags
     start = time.time()
     with subprocess.Popen(command, stdout=sys.stderr) as process:
         while process.poll() is None:
@@ -94,6 +97,13 @@ def rows() -> list[dict[str, str]]:
 
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
+    if args.quick:
+        with TemporaryDirectory() as name:
+            folder = Path(name) / "run"
+            train(args.seeds[0], folder, "--total-timesteps", "8192", "--eval-episodes", "4")
+            returns, _ = play(next(folder.glob("CarRacing*")), 4, stock=True)
+        print(f"seed {args.seeds[0]}, 8192 steps: {returns.mean():.1f}")
+        return
     if not RESULTS.exists():
         RESULTS.write_text(",".join(COLUMNS) + "\n")
     done = {int(row["seed"]) for row in rows()}

@@ -20,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from threading import Lock
 from warnings import catch_warnings
 
@@ -117,6 +118,7 @@ class Args:
     sb3_seeds: tuple[int, ...] = (1, 2, 3)  # one run of Stable-Baselines3's each
     train: bool = False  # train what isn't in returns.csv yet
     jobs: int = 1  # runs side by side
+    quick: bool = False  # only one CartPole run of ours and one of SB3's, kept nowhere
 
 
 def script_for(env_id: str):
@@ -280,6 +282,11 @@ def main() -> None:
         print(json.dumps(train_sb3(sys.argv[2], int(sys.argv[3]))))
         return
     args = tyro.cli(Args, description=__doc__)
+    if args.quick:
+        with TemporaryDirectory() as folder:
+            mean, _ = run_ours("CartPole-v1", 1, Path(folder))
+        print(f"CartPole-v1, seed 1: ours {mean:.1f}, SB3 {train_sb3('CartPole-v1', 1)[0]:.1f}")
+        return
     if args.train:
         rows = read()
         done = {(row["environment"], row["who"], int(row["seed"])) for row in rows}
