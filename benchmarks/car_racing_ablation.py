@@ -50,6 +50,9 @@ PIECES = {
         ("nn.Conv2d(32, 64, 3, stride=2)", "nn.Conv2d(32, 32, 3, stride=2)"),
         ("nn.Conv2d(64, 64, 3)", "nn.Conv2d(32, 64, 3)"),
     ],
+    "entropy bonus to the end, but annealed": [
+        ("args.ent_coef * entropy", "args.ent_coef * clip_coef / args.clip_coef * entropy")
+    ],
     "price of tiles passed over": [("PRICE_PASSED_OVER = 20", "PRICE_PASSED_OVER = 0")],
     "patience": [("PATIENCE = 38", "PATIENCE = 10**9")],
     "patience, laps as truncations": [
