@@ -46,6 +46,7 @@ PIECES = {
         ("learning_rate: float = 4e-4", "learning_rate: float = 2e-4")
     ],
     "8 epochs, but 5": [("update_epochs: int = 8", "update_epochs: int = 5")],
+    "4 minibatches, but 8": [("num_minibatches: int = 4", "num_minibatches: int = 8")],
     "64 filters in the middle, but 32": [
         ("nn.Conv2d(32, 64, 3, stride=2)", "nn.Conv2d(32, 32, 3, stride=2)"),
         ("nn.Conv2d(64, 64, 3)", "nn.Conv2d(32, 64, 3)"),
