@@ -22,7 +22,7 @@ from warnings import catch_warnings
 import numpy as np
 import torch
 import tyro
-from returns import commit, script_for
+from returns import commit, read, script_for
 from scipy import stats
 from torch import nn
 
@@ -214,11 +214,6 @@ def run(job: tuple[str, str, int]) -> None:
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
-def rows() -> list[dict[str, str]]:
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def difference(without: list[float], whole: list[float]) -> str:
     """What a detail's absence makes of the mean, with its 95% interval (Welch)."""
     if min(len(without), len(whole)) < 2:
@@ -233,7 +228,7 @@ def difference(without: list[float], whole: list[float]) -> str:
 def print_table(args: Args) -> None:
     """A row for each detail, a column for each environment."""
     found = {}
-    for row in rows():
+    for row in read(RESULTS):
         found.setdefault((row["environment"], row["detail"]), []).append(float(row["mean"]))
     print("| without | " + " | ".join(args.envs) + " |")
     print("| --- " * (1 + len(args.envs)) + "|")
@@ -259,7 +254,7 @@ def main() -> None:
         RESULTS.parent.mkdir(exist_ok=True)
         RESULTS.write_text(",".join(COLUMNS) + "\n")
     if not args.table:
-        done = {(row["environment"], row["detail"], int(row["seed"])) for row in rows()}
+        done = {(row["environment"], row["detail"], int(row["seed"])) for row in read(RESULTS)}
         queue = [(e, d, seed) for e in args.envs for seed in args.seeds for d in args.details]
         queue = [job for job in queue if job not in done and not is_idle(*job[:2])]
         print(f"{len(queue)} runs are left", file=sys.stderr, flush=True)

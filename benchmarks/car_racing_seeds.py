@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import tyro
-from returns import commit, curve_of, machine, write_curve
+from returns import commit, curve_of, machine, read, write_curve
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 import ppo_carracing as script
@@ -90,11 +90,6 @@ def judge(seed: int, folder: Path, tracks: int) -> dict:
     return dict(zip(COLUMNS, [*row, date.today(), commit(), machine()]))
 
 
-def rows() -> list[dict[str, str]]:
-    with RESULTS.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def main() -> None:
     args = tyro.cli(Args, description=__doc__)
     if args.quick:
@@ -106,7 +101,7 @@ def main() -> None:
         return
     if not RESULTS.exists():
         RESULTS.write_text(",".join(COLUMNS) + "\n")
-    done = {int(row["seed"]) for row in rows()}
+    done = {int(row["seed"]) for row in read(RESULTS)}
     for seed in args.seeds:
         if seed in done:
             continue
@@ -118,7 +113,7 @@ def main() -> None:
             csv.DictWriter(file, COLUMNS, lineterminator="\n").writerow(row)
     print("| " + " | ".join(SHOWN) + " |")
     print("| --- " * len(SHOWN) + "|")
-    for row in rows():
+    for row in read(RESULTS):
         if int(row["seed"]) in args.seeds:
             print("| " + " | ".join(row[column] for column in SHOWN) + " |")
 

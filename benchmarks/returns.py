@@ -211,8 +211,9 @@ def commit() -> str:
     return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
 
-def read() -> list[dict[str, str]]:
-    with RESULTS.open(newline="") as file:
+def read(path: Path = RESULTS) -> list[dict[str, str]]:
+    """The rows of a table of results."""
+    with path.open(newline="") as file:
         return list(csv.DictReader(file))
 
 
