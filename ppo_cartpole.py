@@ -452,8 +452,7 @@ def update(agent, optimizer, rollout, clip_coef, args, loss_fn=ppo_loss):
             all_stats.append(torch.stack([*stats.values(), grad_norm]))
         if args.target_kl is not None and all_reduce_mean(stats["approx_kl"]) > args.target_kl:
             break
-    error = batch["returns"] - batch["values"]
-    explained_variance = 1 - error.var() / batch["returns"].var()
+    explained_variance = 1 - (returns - rollout["values"]).var() / returns.var()
     losses = dict(zip([*stats, "grad_norm"], torch.stack(all_stats).mean(0).tolist()))
     return losses | {"explained_variance": explained_variance.item()}
 

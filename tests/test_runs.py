@@ -126,6 +126,23 @@ def test_evaluation_counts_each_episode_once_whatever_their_lengths(mlp_script, 
     assert returns.tolist() == lengths.tolist() == [5] * 5
 
 
+@pytest.mark.parametrize("anneal", [True, False])
+def test_learning_rate_and_clip_range_fall_linearly(script, tmp_path, monkeypatch, anneal):
+    """Or stay. The last of 4 iterations is trained with a quarter of each, not with none."""
+    honest, seen = script.update, []
+
+    def update(agent, optimizer, rollout, clip_coef, *rest):
+        seen.append((optimizer.param_groups[0]["lr"], clip_coef))
+        return honest(agent, optimizer, rollout, clip_coef, *rest)
+
+    monkeypatch.setattr(script, "update", update)
+    schedules = {"anneal_lr": anneal, "anneal_clip": anneal}
+    first = {"learning_rate": 1e-3, "clip_coef": 0.2}
+    script.train(tiny_args(script, tmp_path, async_envs=False, **schedules, **first))
+    shares = np.array([[1.0], [0.75], [0.5], [0.25]]) if anneal else np.ones((4, 1))
+    assert np.allclose(seen, shares * [1e-3, 0.2])
+
+
 POLICY_TAGS = {
     "ppo_cartpole": {"policy/share_0", "policy/share_1"},
     "ppo_carracing": {"policy/steering", "policy/gas"},
