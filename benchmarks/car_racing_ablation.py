@@ -185,7 +185,7 @@ def print_table() -> None:
         worst = min(float(row["worst"]) for row in ours)
         frames = np.mean([float(row["frames"]) for row in ours])
         minutes = np.nanmedian([float(row["minutes"]) for row in ours])
-        seeds = " ".join(row["seed"] for row in ours)
+        seeds = " ".join(sorted(row["seed"] for row in ours))
         cells = [recipe, piece, seeds, f"{means.mean():.1f}", interval, f"{worst:.1f}"]
         print("| " + " | ".join([*cells, f"{frames:.0f}", f"{minutes:.0f}"]) + " |")
 
