@@ -203,15 +203,12 @@ class FastCarRacing(car_racing.CarRacing):
             self.corners = np.concatenate([grass, road]).transpose(2, 1, 0).copy()
             self.colors = [self.grass_color] * len(grass) + list(colors)
             self.road_drawn = self.road_poly
+        self.surf.fill(0)
         edge = car_racing.PLAYFIELD
-        if max(map(abs, self.car.hull.position)) + 782 / zoom < edge:  # the window is all field
-            self.surf.fill(self.bg_color)
-        else:
-            self.surf.fill(0)
-            field = [(edge, edge), (edge, -edge), (-edge, -edge), (-edge, edge)]
-            self._draw_colored_polygon(
-                self.surf, field, self.bg_color, zoom, translation, angle, clip=False
-            )
+        field = [(edge, edge), (edge, -edge), (-edge, -edge), (-edge, edge)]
+        self._draw_colored_polygon(
+            self.surf, field, self.bg_color, zoom, translation, angle, clip=False
+        )
         cos, sin = pygame.math.Vector2(1, 0).rotate_rad(angle)  # pygame's, so that it rounds alike
         x, y = self.corners  # [corner, polygon] each
         x, y = (
