@@ -32,10 +32,10 @@ COLUMNS = ["environment", "detail", "seed", "mean", "steps", "seconds", "date", 
 # Fewer steps than a preset's where these tell as much.
 STEPS = {
     "CartPole-v1": 25_000,
-    "Acrobot-v1": 200_000,
+    "Acrobot-v1": 100_000,
     "LunarLander-v3": 300_000,
     "LunarLanderContinuous-v3": 300_000,
-    "HalfCheetah-v5": 300_000,
+    "HalfCheetah-v5": 200_000,
 }
 
 
@@ -143,6 +143,7 @@ DETAILS = {
     "the true last observation": no_true_last_observation,
     "GAE: lambda 1": {"gae_lambda": 1.0},
     "GAE: lambda 0": {"gae_lambda": 0.0},
+    "several epochs": {"update_epochs": 1},
     "clipping of the ratio": {"clip_coef": 1e9},
     "normalised advantages": {"norm_adv": False},
     "annealing of the learning rate": {"anneal_lr": False},

@@ -46,29 +46,27 @@ class MirrorConv(nn.Conv2d):
 
 class Agent(nn.Module):"""
 
-
 HIDDEN = "\n        self.hidden = layer_init(nn.Linear(num_features, 256))"
 
-
-def mirrored_filters(size: int, seen: str) -> list[tuple[str, str]]:
-    """One pass through filters that come in mirrored pairs (Cohen and Welling 2016), instead of one
-    for the image and one for its mirror image; of ``size`` in the middle, so that each layer covers
-    ``seen`` from edge to edge."""
-    features = """\
+PAIRED_FEATURES = """\
         maps = self.trunk(both.float().div_(255))
         mirrored = maps.flip(-1).roll(32, 1)
         return self.hidden(torch.stack([maps, mirrored]).flatten(2)).relu()"""
-    return [
-        ("class Agent(nn.Module):", MIRROR_CONV),
-        ("nn.Conv2d(observation_space.shape[0], 32, 4, stride=4)", "MirrorConv(0, 4, 32, 4, 4)"),
-        ("nn.Conv2d(32, 64, 3, stride=2)", f"MirrorConv(1, 32, 64, {size}, 2)"),
-        ("nn.Conv2d(64, 64, 3)", "MirrorConv(1, 64, 64, 3)"),
-        (" nn.Flatten(),", ""),
-        ("convolutions(torch.zeros(1, *observation_space.shape)).shape[1]", "9 * 64"),
-        (".extend([layer_init(nn.Linear(num_features, 256)), nn.ReLU()])", HIDDEN),
-        ("torch.cat([obs, obs.flip(-1)])", seen),
-        ("        return self.trunk(both.float().div_(255)).unflatten(0, (2, -1))", features),
-    ]  # fmt: skip
+
+
+# One pass through filters that come in mirrored pairs (Cohen and Welling 2016), instead of one for
+# the image and one for its mirror image.
+MIRRORED_FILTERS = [
+    ("class Agent(nn.Module):", MIRROR_CONV),
+    ("nn.Conv2d(observation_space.shape[0], 32, 4, stride=4)", "MirrorConv(0, 4, 32, 4, 4)"),
+    ("nn.Conv2d(32, 64, 3, stride=2)", "MirrorConv(1, 32, 64, 3, 2)"),
+    ("nn.Conv2d(64, 64, 3)", "MirrorConv(1, 64, 64, 3)"),
+    (" nn.Flatten(),", ""),
+    ("convolutions(torch.zeros(1, *observation_space.shape)).shape[1]", "9 * 64"),
+    (".extend([layer_init(nn.Linear(num_features, 256)), nn.ReLU()])", HIDDEN),
+    ("torch.cat([obs, obs.flip(-1)])", "obs[..., 2:-2]"),  # so that the filters reach both edges
+    ("        return self.trunk(both.float().div_(255)).unflatten(0, (2, -1))", PAIRED_FEATURES),
+]
 
 
 # Each piece: what is taken away, and by which edits of the script, (old text, new text).
@@ -95,8 +93,7 @@ PIECES = {
     "entropy bonus to the end, but annealed": [
         ("args.ent_coef * entropy", "args.ent_coef * clip_coef / args.clip_coef * entropy")
     ],
-    "two passes, but mirrored filters": mirrored_filters(3, "obs[..., 2:-2]"),
-    "two passes, but mirrored filters, 4 x 4 in the middle": mirrored_filters(4, "obs"),
+    "two passes, but mirrored filters": MIRRORED_FILTERS,
     "price of tiles passed over": [("PRICE_PASSED_OVER = 20", "PRICE_PASSED_OVER = 0")],
     "patience": [("PATIENCE = 38", "PATIENCE = 10**9")],
     "patience, laps as truncations": [
