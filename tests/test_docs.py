@@ -74,7 +74,7 @@ def test_the_returns_that_stand_in_a_sentence_are_measured_too():
 
 
 def test_what_the_scripts_reach_with_no_flag_is_measured():
-    """CartPole with twenty seeds, LunarLanderContinuous with three."""
+    """CartPole with twenty seeds, CarRacing with five, LunarLanderContinuous with three."""
     cells = {
         row["script"]: row["with no flag, on 2 CPU cores"] for row in tables() if "policy" in row
     }
@@ -84,6 +84,11 @@ def test_what_the_scripts_reach_with_no_flag_is_measured():
     lander = cells["[`ppo_continuous_mlp.py`](ppo_continuous_mlp.py)"]
     figures = [float(figure) for figure in re.findall(r"\d+\.\d", lander)]
     assert figures == measured("LunarLanderContinuous-v3", "ours", (1, 2, 3))
+    racing = cells["[`ppo_carracing.py`](ppo_carracing.py)"].split(" with ")[0]
+    with open(ROOT / "benchmarks" / "results" / "car_racing_seeds.csv", newline="") as file:
+        rows = sorted(csv.DictReader(file), key=lambda row: int(row["seed"]))
+    assert [row["seed"] for row in rows] == list("12345")
+    assert re.findall(r"\d+\.\d", racing) == [row["mean"] for row in rows]
 
 
 def test_the_readme_is_short_and_what_it_links_exists():
