@@ -147,7 +147,7 @@ MOST_PASSED_OVER = 25  # at most for so many
 
 
 class FastCarRacing(car_racing.CarRacing):
-    """CarRacing with the same pixels, bit for bit, drawn three to four times as fast.
+    """CarRacing with the same pixels, bit for bit, drawn three times as fast.
 
     The stock environment spends 98% of a step drawing, mostly polygons outside the window. With
     ``draw`` off, a step draws nothing and shows the last frame again.
