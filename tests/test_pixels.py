@@ -89,7 +89,7 @@ def test_forty_lines_make_it_play_from_pixels(tmp_path):
     spec.loader.exec_module(script)
     gym.register("Catch-v0", Catch)
     args = script.Args(
-        env_id="Catch-v0", log_dir=tmp_path, cuda=False, total_timesteps=30_000, num_threads=1
+        env_id="Catch-v0", log_dir=tmp_path, cuda=False, total_timesteps=60_000, num_threads=1
     )
     returns, folder = script.train(args)
     assert returns.mean() >= 0.9
