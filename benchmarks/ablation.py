@@ -17,6 +17,7 @@ from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from datetime import date
 from pathlib import Path
+from warnings import catch_warnings
 
 import numpy as np
 import torch
@@ -214,45 +215,38 @@ def run(job: tuple[str, str, int]) -> None:
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
-def difference(without: list[float], whole: list[float]) -> tuple[str, bool]:
-    """What a detail's absence makes of the mean, with its 95% interval (Welch), and whether that is
-    significant."""
+def difference(without: list[float], whole: list[float]) -> str:
+    """What a detail's absence makes of the mean, with its 95% interval (Welch)."""
+    if min(len(without), len(whole)) < 2:
+        return ""
     failed = sum(np.isnan(without))
     if failed:
-        return f"{failed} of {len(without)} runs fail", True
-    change = np.mean(without) - np.mean(whole)
+        return f"{failed} of {len(without)} runs fail"
     if np.ptp([*without, *whole]) == 0:
-        return "the same", False
-    interval = stats.ttest_ind(without, whole, equal_var=False).confidence_interval()
+        return "the same"
+    change = np.mean(without) - np.mean(whole)
+    with catch_warnings(action="ignore"):  # it dislikes seeds that agree
+        interval = stats.ttest_ind(without, whole, equal_var=False).confidence_interval()
     text = f"{change:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
-    significant = interval.low > 0 or interval.high < 0
-    return text if significant else f"{text}, not significant", significant
+    return text if interval.low > 0 or interval.high < 0 else f"{text}, not significant"
 
 
 def print_table(args: Args) -> None:
-    """A row for each detail, a column for each environment; then the differences that count."""
+    """A row for each detail, a column for each environment."""
     found = {}
     for row in read(RESULTS):
         found.setdefault((row["environment"], row["detail"]), []).append(float(row["mean"]))
     print("| without | " + " | ".join(args.envs) + " |")
     print("| --- " * (1 + len(args.envs)) + "|")
-    significant = {}
     for detail in args.details:
         cells = [detail]
         for env_id in args.envs:
-            means, whole = found.get((env_id, detail), []), found.get((env_id, "nothing"), [])
+            means = found.get((env_id, detail), [])
+            whole = found.get((env_id, "nothing"), [])
             text = f"{np.mean(means):.1f}" if means else ""
-            if detail != "nothing" and min(len(means), len(whole)) > 1:
-                text, counts = difference(means, whole)
-                if counts:
-                    short = f"{env_id.split('-v')[0]} {text.split(' (')[0]}"
-                    significant.setdefault(detail, []).append(short)
-            cells.append(text)
+            cells.append(text if detail == "nothing" else difference(means, whole))
         if any(cells[1:]):
             print("| " + " | ".join(cells) + " |")
-    print()
-    for detail, differences in significant.items():
-        print(f"without {detail}: {', '.join(differences)}")
 
 
 def main() -> None:
