@@ -142,17 +142,17 @@ def draw_ablation(path: Path) -> None:
 
 def draw_throughput(path: Path) -> None:
     """Bars of steps per second: a group for each number of environments and size of network."""
-    found = defaultdict(dict)
+    found = defaultdict(lambda: defaultdict(list))
     for row in rows("throughput.csv"):
         where = f"{row['environment']}\n{row['envs']} envs, {row['units']} units"
-        found[where][row["what"]] = float(row["steps/s"])
+        found[where][row["what"]].append(float(row["steps/s"]))
     if not found:
         return
     figure, axes = plt.subplots(figsize=(9.6, 2.6), layout="constrained")
     shown = {"ours": "this project", "compiled": "with --compile", "sb3": "Stable-Baselines3"}
     colours = [COLOURS["ours"], "#56b4e9", COLOURS["SB3"]]
     for offset, (what, colour) in enumerate(zip(shown, colours)):
-        heights = [speeds[what] for speeds in found.values()]
+        heights = [np.median(speeds[what]) for speeds in found.values()]
         x = np.arange(len(found)) + 0.27 * (offset - 1)
         axes.bar(x, heights, 0.25, color=colour, label=shown[what])
     axes.set_xticks(range(len(found)), found, fontsize=6)

@@ -13,7 +13,8 @@ rows with more environments and larger networks show how both grow.
 
 They take turns, each in a process of its own, with torch on one thread, the fastest for all of
 them. Speeds and ratios are medians over the rounds, without imports and the making of environments.
-Medians are written to results/throughput.csv too.
+What is measured stands in results/throughput.csv and is not measured again, so that a table that
+was stopped goes on; ``--table`` prints what there is.
 """
 
 import csv
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import defaultdict
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -44,6 +46,7 @@ class Args:
     setting: int = 0  # which of SETTINGS, where one is measured
     rounds: int = 3  # how often each is measured for the table
     quick: bool = False  # only one round of the first row, kept nowhere
+    table: bool = False  # measure nothing, print the table
 
 
 @dataclass
@@ -235,10 +238,48 @@ MEASURES = {
 
 def measure_apart(what: str, setting: int) -> list[str]:
     """Measures one in a process of its own. Returns the lines that it prints, the last of them
-    steps per second and MiB."""
+    steps per second and MiB; those of "ours" end in collecting's steps per second and these."""
     command = [sys.executable, __file__, "--what", what, "--setting", str(setting)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.check_output(command, text=True, env=environment).splitlines()
+
+
+def measure(setting: int, round: int) -> list[list[str]]:
+    """One round of one line of the table: rows of the results, one for each of MEASURES and one for
+    collecting."""
+    s = SETTINGS[setting]
+    key = [s.env_id, str(s.num_envs), str(s.hidden_size), str(round)]
+    rows = []
+    for what in MEASURES:
+        lines = measure_apart(what, setting)
+        rows.append([*key, what, *lines[-2:]])
+        if what == "ours":
+            rows.append([*key, "collecting", lines[-3], lines[-1]])
+    return rows
+
+
+def print_table(rows: list[list[str]]) -> None:
+    """A line for each environment, number of environments and size: medians over the rounds."""
+    names = ["environment", "envs", "units", "ours, steps/s", "x SB3", "x plain"]
+    names += ["compiled, steps/s", "x SB3", "x plain"]
+    names += ["floor, steps/s", "collecting, x floor", "native", "ours, MiB", "SB3, MiB"]
+    print("| " + " | ".join(names) + " |")
+    print("| --- " * len(names) + "|")
+    found = defaultdict(lambda: defaultdict(list))
+    for *setting, _, what, speed, peak in rows:
+        found[tuple(setting)][what].append([float(speed), float(peak)])
+    for setting, measured in found.items():
+        speeds = {what: np.array(pairs)[:, 0] for what, pairs in measured.items()}
+        cells = list(setting)
+        for name in ("ours", "compiled"):
+            cells.append(f"{np.median(speeds[name]):.0f}")
+            cells.append(f"{np.median(speeds[name] / speeds['sb3']):.1f}")
+            cells.append(f"{np.median(speeds[name] / speeds['plain']):.1f}")
+        cells.append(f"{np.median(speeds['floor']):.0f}")
+        cells.append(f"{np.median(speeds['floor'] / speeds['collecting']):.2f}")
+        cells.append(f"{np.median(speeds['native']):.0f}")
+        cells += [f"{np.median(measured[name], axis=0)[1]:.0f}" for name in ("ours", "sb3")]
+        print("| " + " | ".join(cells) + " |")
 
 
 def main() -> None:
@@ -248,39 +289,24 @@ def main() -> None:
         print(MEASURES[args.what](SETTINGS[args.setting]))
         print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
         return
-    columns = ["environment", "envs", "units", "ours, steps/s", "x SB3", "x plain"]
-    columns += ["compiled, steps/s", "x SB3", "x plain"]
-    columns += ["floor, steps/s", "collecting, x floor", "native", "ours, MiB", "SB3, MiB"]
-    print("| " + " | ".join(columns) + " |")
-    print("| --- " * len(columns) + "|")
-    rows = [["environment", "envs", "units", "what", "steps/s", "MiB"]]
-    rounds = 1 if args.quick else args.rounds
-    for index, s in enumerate(SETTINGS[:1] if args.quick else SETTINGS):
-        speeds = {name: [] for name in [*MEASURES, "collecting"]}
-        peaks = {name: [] for name in MEASURES}
-        for _ in range(rounds):
-            for name in MEASURES:
-                lines = measure_apart(name, index)
-                speeds[name].append(float(lines[-2]))
-                peaks[name].append(float(lines[-1]))
-                if name == "ours":
-                    speeds["collecting"].append(float(lines[-3]))
-        speeds = {name: np.array(values) for name, values in speeds.items()}
-        cells = [s.env_id, str(s.num_envs), str(s.hidden_size)]
-        medians = {name: np.median([speeds[name], peaks[name]], axis=1) for name in MEASURES}
-        rows += [[*cells, name, *median.round()] for name, median in medians.items()]
-        for name in ("ours", "compiled"):
-            cells.append(f"{np.median(speeds[name]):.0f}")
-            cells.append(f"{np.median(speeds[name] / speeds['sb3']):.1f}")
-            cells.append(f"{np.median(speeds[name] / speeds['plain']):.1f}")
-        cells.append(f"{np.median(speeds['floor']):.0f}")
-        cells.append(f"{np.median(speeds['floor'] / speeds['collecting']):.2f}")
-        cells.append(f"{np.median(speeds['native']):.0f}")
-        cells += [f"{np.median(peaks[name]):.0f}" for name in ("ours", "sb3")]
-        print("| " + " | ".join(cells) + " |", flush=True)
-    if not args.quick:
-        with RESULTS.open("w", newline="") as file:
-            csv.writer(file, lineterminator="\n").writerows(rows)
+    if args.quick:
+        print_table(measure(0, 1))
+        return
+    if not RESULTS.exists():
+        RESULTS.write_text("environment,envs,units,round,what,steps/s,MiB\n")
+    with RESULTS.open(newline="") as file:
+        rows = list(csv.reader(file))[1:]
+    done = {tuple(row[:4]) for row in rows}
+    for setting, s in enumerate(SETTINGS):
+        for round in range(1, args.rounds + 1):
+            key = s.env_id, str(s.num_envs), str(s.hidden_size), str(round)
+            if args.table or key in done:
+                continue
+            new = measure(setting, round)
+            rows += new
+            with RESULTS.open("a", newline="") as file:
+                csv.writer(file, lineterminator="\n").writerows(new)
+    print_table(rows)
 
 
 if __name__ == "__main__":
