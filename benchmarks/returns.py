@@ -19,6 +19,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import date
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from threading import Lock
@@ -121,6 +122,7 @@ class Args:
     quick: bool = False  # only one CartPole run of ours and one of SB3's, kept nowhere
 
 
+@cache
 def script_for(env_id: str):
     """The script that takes the actions of ``env_id``."""
     discrete = isinstance(gym.make(env_id).action_space, gym.spaces.Discrete)
