@@ -13,12 +13,14 @@ colour-blind people can tell apart.
 import csv
 from collections import defaultdict
 from pathlib import Path
+from warnings import catch_warnings
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
+from ablation import DETAILS
 from scipy import stats
 
 FOLDER = Path(__file__).parent / "results"
@@ -103,8 +105,7 @@ def draw_ablation(path: Path) -> None:
         found[row["environment"]][row["detail"]].append(float(row["mean"]))
     if not found:
         return
-    details = list(dict.fromkeys(detail for means in found.values() for detail in means))
-    details.sort(key=lambda detail: (detail != "nothing", detail.startswith("+")))
+    details = [detail for detail in DETAILS if any(detail in means for means in found.values())]
     height = 0.19 * len(details) + 0.8
     figure, grid = plt.subplots(
         1, len(found), figsize=(2 + 1.6 * len(found), height), squeeze=False, sharey=True,
@@ -122,7 +123,8 @@ def draw_ablation(path: Path) -> None:
                 half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
             p = 1.0
             if detail != "nothing" and np.ptp([*values, *whole]) > 0:
-                p = stats.ttest_ind(values, whole, equal_var=False).pvalue
+                with catch_warnings(action="ignore"):  # it dislikes seeds that agree
+                    p = stats.ttest_ind(values, whole, equal_var=False).pvalue
             colour = COLOURS["SB3"] if p < 0.05 else COLOURS["ours"]
             low, high = max(values.mean() - half, values.min()), values.mean() + half
             high = min(high, values.max())
