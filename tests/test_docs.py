@@ -21,7 +21,8 @@ SCRIPTS = {
 }
 
 
-HALF_INTERVAL = {3: 4.3027, 5: 2.7764}  # Student's t at 97.5%, by the number of seeds
+# Student's t at 97.5%, by degrees of freedom.
+T = {2: 4.3027, 3: 3.1824, 4: 2.7764, 5: 2.5706, 6: 2.4469, 7: 2.3646, 8: 2.3060}
 
 
 def tables() -> list[dict[str, str]]:
@@ -62,7 +63,7 @@ def test_each_return_in_the_readme_is_a_measured_one():
             mean, half = map(float, row[who].split(" ± "))
             assert mean == pytest.approx(statistics.mean(means), abs=0.051), (environment, who)
             error = statistics.stdev(means) / len(means) ** 0.5
-            assert half == pytest.approx(HALF_INTERVAL[len(means)] * error, abs=0.06), environment
+            assert half == pytest.approx(T[len(means) - 1] * error, abs=0.06), environment
         if "SB3" in sides:
             difference = statistics.mean(sides["ours"]) - statistics.mean(sides["SB3"])
             assert float(row["difference"].split(",")[0]) == pytest.approx(difference, abs=0.051)
@@ -93,6 +94,64 @@ def test_what_the_scripts_reach_with_no_flag_is_measured():
     rows = results("results/car_racing_seeds.csv")
     assert [row["seed"] for row in rows] == list("12345")
     assert re.findall(r"\d+\.\d", racing) == [row["mean"] for row in rows]
+
+
+# Which details of benchmarks/ablation.py a row of "PPO in 14 details" shows, by its number, and
+# what takes a detail's place, as the row calls it.
+ABLATED = {
+    "2": {"PyTorch's": "orthogonal initialisation", "last layer 1": "the last layer's 0.01"},
+    "3": {"": "Adam's epsilon of 1e-5"},
+    "4": {"rate fixed": "annealing of the learning rate", "clip": "annealing of the clip range"},
+    "5": {"λ = 0": "GAE: lambda 0", "λ = 1": "GAE: lambda 1"},
+    "6": {"first": "the true last observation", "death": "time limits told from terminations"},
+    "7": {"one epoch": "several epochs"},
+    "8": {"": "normalised advantages"},
+    "9": {"": "clipping of the ratio"},
+    "10": {"clipped": "+ clipping of the value"},
+    "11": {"": "entropy bonus"},
+    "12": {"": "clipping of the gradient"},
+    "13": {"one trunk": "separate networks"},
+    "14": {"observations": "normalised observations", "rewards": "scaled rewards"},
+}
+
+
+def is_significant(a: list[float], b: list[float]) -> bool:
+    """Whether the means of ``a`` and ``b`` differ, by Welch's test at 95%."""
+    parts = [statistics.variance(x) / len(x) for x in (a, b)]
+    if sum(parts) == 0:
+        return a[0] != b[0]
+    freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b)))
+    low = int(freedom)
+    quantile = T[low] + (freedom - low) * (T.get(low + 1, T[low]) - T[low])
+    return abs(statistics.mean(a) - statistics.mean(b)) > quantile * sum(parts) ** 0.5
+
+
+def worth(row: str) -> str:
+    """A row's cell: returns with and without the detail, where they differ significantly."""
+    found = {}
+    for result in results("results/ablation.csv"):
+        key = result["environment"], result["detail"]
+        found.setdefault(key, []).append(float(result["mean"]))
+    texts, details = [], ABLATED.get(row, {})
+    if not any(detail in details.values() for _, detail in found):
+        return "not measured"
+    for label, detail in details.items():
+        changes = []
+        for (environment, name), means in found.items():
+            whole = found[environment, "nothing"]
+            if name == detail and is_significant(means, whole):
+                with_it, without = statistics.mean(whole), statistics.mean(means)
+                changes.append(f"{environment[:-3]} {with_it:.0f} → {without:.0f}")
+        if changes:
+            texts.append(f"{label}: {', '.join(changes)}" if label else ", ".join(changes))
+    return "; ".join(texts) or "not significant"
+
+
+def test_what_each_detail_is_worth_is_measured():
+    rows = [row for row in tables() if "detail" in row]
+    assert len(rows) == 14
+    for row in rows:
+        assert row["without it"] == worth(row["detail"].split(".")[0]), row["detail"]
 
 
 def test_the_readme_is_short_and_what_it_links_exists():
