@@ -130,7 +130,7 @@ def draw_ablation(path: Path) -> None:
             high = min(high, values.max())
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5)
             axes.plot(values.mean(), y, "o", color=colour, markersize=4)
-        axes.set_title(env_id, color=GREY)
+        axes.set_title(env_id, color=GREY, fontsize=7)
         axes.xaxis.set_major_locator(plt.MaxNLocator(3))
     names = [d if d in ("nothing",) or d[0] == "+" else f"without {d}" for d in details]
     grid[0, 0].set_yticks(range(len(details)), ["whole", *names[1:]])
