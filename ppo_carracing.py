@@ -35,7 +35,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import cache, partial
 from importlib import import_module
@@ -967,8 +967,9 @@ def run_worker(index, env_fn, pipe, parent_pipe, memory, errors, *modes) -> None
         _async_worker(index, env_fn, pipe, parent_pipe, memory, errors, *modes)
     except Exception:
         put(traceback.format_exc())
-        pipe.send((None, False))
-        pipe.recv()  # a command may be on its way, and could not be sent if this process ended
+        with suppress(EOFError, ConnectionError):  # nobody may be there any more
+            pipe.send((None, False))
+            pipe.recv()  # a command may be on its way, and needs this process to be sent
 
 
 @contextmanager

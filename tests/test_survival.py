@@ -52,6 +52,21 @@ for fault in FAULTS:
     register(fault, Faulty, fault=fault)
 
 
+def test_processes_that_nobody_listens_to_end_in_silence(mlp_script, tmp_path, capfd):
+    """As after an interrupt that comes between a step and AsyncVectorEnv's note of it: closing then
+    takes the step's answers for goodbyes, and goes before these are said."""
+    args = tiny_args(mlp_script, tmp_path, async_envs=True)
+    envs = mlp_script.make_envs(args, 2, training=True)
+    envs.reset(seed=1)
+    for pipe in envs.unwrapped.parent_pipes:
+        pipe.close()
+    for process in envs.unwrapped.processes:
+        process.join(10)
+        assert process.exitcode == 0
+    envs.close()
+    assert capfd.readouterr().err == ""
+
+
 def workers(pid):
     """Processes that ``pid`` started and that still run."""
     found = []
