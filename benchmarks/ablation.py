@@ -215,6 +215,14 @@ def run(job: tuple[str, str, int]) -> None:
         csv.writer(file, lineterminator="\n").writerow(row)
 
 
+def welch_interval(without: list[float], whole: list[float]) -> tuple[float, float]:
+    """The 95% interval of the difference of two means; (0, 0) where all values are the same."""
+    if np.ptp([*without, *whole]) == 0:
+        return 0.0, 0.0
+    with catch_warnings(action="ignore"):  # it dislikes seeds that agree
+        return tuple(stats.ttest_ind(without, whole, equal_var=False).confidence_interval())
+
+
 def difference(without: list[float], whole: list[float]) -> str:
     """What a detail's absence makes of the mean, with its 95% interval (Welch)."""
     if min(len(without), len(whole)) < 2:
@@ -222,13 +230,11 @@ def difference(without: list[float], whole: list[float]) -> str:
     failed = sum(np.isnan(without))
     if failed:
         return f"{failed} of {len(without)} runs fail"
-    if np.ptp([*without, *whole]) == 0:
+    low, high = welch_interval(without, whole)
+    if low == high:
         return "the same"
-    change = np.mean(without) - np.mean(whole)
-    with catch_warnings(action="ignore"):  # it dislikes seeds that agree
-        interval = stats.ttest_ind(without, whole, equal_var=False).confidence_interval()
-    text = f"{change:+.1f} ({interval.low:+.1f} to {interval.high:+.1f})"
-    return text if interval.low > 0 or interval.high < 0 else f"{text}, not significant"
+    text = f"{np.mean(without) - np.mean(whole):+.1f} ({low:+.1f} to {high:+.1f})"
+    return text if low > 0 or high < 0 else f"{text}, not significant"
 
 
 def print_table(args: Args) -> None:

@@ -10,17 +10,16 @@ grey, so that both can be read on light pages and dark ones; the colours are Oka
 colour-blind people can tell apart.
 """
 
-import csv
 from collections import defaultdict
 from pathlib import Path
-from warnings import catch_warnings
 
 import matplotlib
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import numpy as np
-from ablation import DETAILS
+from ablation import DETAILS, welch_interval
+from returns import read
 from scipy import stats
 
 FOLDER = Path(__file__).parent / "results"
@@ -43,10 +42,7 @@ STYLE = {
 
 def rows(name: str) -> list[dict[str, str]]:
     path = FOLDER / name
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
+    return read(path) if path.exists() else []
 
 
 def draw_band(axes, curves: list[np.ndarray], colour: str, label: str) -> None:
@@ -121,19 +117,16 @@ def draw_ablation(path: Path) -> None:
             half = 0.0
             if len(values) > 1:
                 half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
-            p = 1.0
-            if detail != "nothing" and np.ptp([*values, *whole]) > 0:
-                with catch_warnings(action="ignore"):  # it dislikes seeds that agree
-                    p = stats.ttest_ind(values, whole, equal_var=False).pvalue
-            colour = COLOURS["SB3"] if p < 0.05 else COLOURS["ours"]
+            low, high = welch_interval(values, whole) if len(values) > 1 else (0, 0)
+            colour = COLOURS["SB3"] if low > 0 or high < 0 else COLOURS["ours"]
             low, high = max(values.mean() - half, values.min()), values.mean() + half
             high = min(high, values.max())
             axes.plot([low, high], [y, y], color=colour, linewidth=2, alpha=0.5)
             axes.plot(values.mean(), y, "o", color=colour, markersize=4)
         axes.set_title(env_id, color=GREY, fontsize=7)
         axes.xaxis.set_major_locator(plt.MaxNLocator(3))
-    names = [d if d in ("nothing",) or d[0] == "+" else f"without {d}" for d in details]
-    grid[0, 0].set_yticks(range(len(details)), ["whole", *names[1:]])
+    names = [d if d[0] == "+" else f"without {d}" for d in details[1:]]
+    grid[0, 0].set_yticks(range(len(details)), ["whole", *names])
     grid[0, 0].invert_yaxis()
     figure.supxlabel(
         "mean return of 100 unseen episodes; orange: differs from the whole at 95%", fontsize=8

@@ -63,6 +63,11 @@ class Settings:
     def batch_size(self) -> int:
         return self.num_envs * self.num_steps
 
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """The first columns of its rows."""
+        return self.env_id, str(self.num_envs), str(self.hidden_size)
+
 
 SETTINGS = [
     Settings("CartPole-v1", 4, 128, 4, 4, 60),
@@ -247,9 +252,7 @@ def measure_apart(what: str, setting: int) -> list[str]:
 def measure(setting: int, round: int) -> list[list[str]]:
     """One round of one line of the table: rows of the results, one for each of MEASURES and one for
     collecting."""
-    s = SETTINGS[setting]
-    key = [s.env_id, str(s.num_envs), str(s.hidden_size), str(round)]
-    rows = []
+    key, rows = (*SETTINGS[setting].key, str(round)), []
     for what in MEASURES:
         lines = measure_apart(what, setting)
         rows.append([*key, what, *lines[-2:]])
@@ -299,8 +302,7 @@ def main() -> None:
     done = {tuple(row[:4]) for row in rows}
     for setting, s in enumerate(SETTINGS):
         for round in range(1, args.rounds + 1):
-            key = s.env_id, str(s.num_envs), str(s.hidden_size), str(round)
-            if args.table or key in done:
+            if args.table or (*s.key, str(round)) in done:
                 continue
             new = measure(setting, round)
             rows += new
