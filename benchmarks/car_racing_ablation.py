@@ -107,13 +107,7 @@ PIECES = {
     ],
     "tiles scaled by the track": [("reward * len(self.unwrapped.track) / USUAL_TILES", "reward")],
     "laps as truncations": [("reward, False, True, info", "reward, True, False, info")],
-    "little noise at first": [("constant_(self.actor.bias, 1.5)", "constant_(self.actor.bias, 0)")],
     "speed on the dashboard": [("    small[42:] = min(2 * frame[84:, 12:14].mean(), 255)\n", "")],
-    "tiles scaled, little noise, speed": [
-        ("reward * len(self.unwrapped.track) / USUAL_TILES", "reward"),
-        ("constant_(self.actor.bias, 1.5)", "constant_(self.actor.bias, 0)"),
-        ("    small[42:] = min(2 * frame[84:, 12:14].mean(), 255)\n", ""),
-    ],
     "entropy bonus": [("ent_coef: float = 0.015", "ent_coef: float = 0.0")],
     "lever": [
         (
