@@ -23,7 +23,7 @@ import tyro
 ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results" / "car_racing_ablation.csv"
 FIRST_TRACK = 20_000_000  # seed of the first of the tracks that judge
-RECIPE = "a79752c"  # the first commit of the recipe that is taken apart; older results stay
+RECIPE = "a012891"  # the first commit of the recipe that is taken apart; older results stay
 
 BFLOAT16 = """\
         with torch.autocast("cpu", torch.bfloat16):
