@@ -100,7 +100,7 @@ class Args:
     norm_adv: bool = True  # normalise advantages within each minibatch
     clip_coef: float = 0.2  # clip range of the probability ratio at the start
     clip_vloss: bool = False  # also clip how far a value may move in one update
-    ent_coef: float = 0.015  # weight of the entropy bonus: 889 points with it, 774 without
+    ent_coef: float = 0.015  # weight of the entropy bonus
     vf_coef: float = 0.1  # weight of the value loss
     max_grad_norm: float = 0.5  # gradients are scaled down to this norm
     target_kl: float | None = None  # end an update after the epoch whose approx_kl exceeds this
@@ -375,6 +375,7 @@ def layer_init(layer: nn.Module, std: float = math.sqrt(2)) -> nn.Module:
 class Agent(nn.Module):
     """Actor and critic on one convolutional trunk, for ``obs [batch, 4, 48, 48]`` uint8; a Beta
     policy, which lives on an interval as gas and brake do: nothing is clipped (Chou et al. 2017).
+    The entropy bonus keeps its noise up, which teaches speed: 889 points with it, 774 without.
 
     Each frame and its mirror image go through the network, and both have the same say: what is
     learned on left-hand bends, which prevail on these tracks, holds for right-hand ones. It is
