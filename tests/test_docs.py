@@ -123,7 +123,8 @@ def is_significant(a: list[float], b: list[float]) -> bool:
         return a[0] != b[0]
     freedom = sum(parts) ** 2 / sum(part**2 / (len(x) - 1) for part, x in zip(parts, (a, b)))
     low = int(freedom)
-    quantile = T[low] + (freedom - low) * (T.get(low + 1, T[low]) - T[low])
+    share = (1 / low - 1 / freedom) * low * (low + 1)  # quantiles are nearly linear in 1 / freedom
+    quantile = T[low] + share * (T.get(low + 1, T[low]) - T[low])
     return abs(statistics.mean(a) - statistics.mean(b)) > quantile * sum(parts) ** 0.5
 
 
