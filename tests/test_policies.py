@@ -182,8 +182,7 @@ def test_initialisation(name):
         gain = gram.diagonal().mean()
         torch.testing.assert_close(gram, gain * torch.eye(len(gram)), rtol=0, atol=1e-5)
         assert any(gain.item() == pytest.approx(g) for g in (2.0, 1.0, 1e-4))
-        narrow = name == "ppo_carracing" and layer.bias.numel() == 4  # alpha, beta = 1 + e^1.5
-        assert (layer.bias == (1.5 if narrow else 0.0)).all()
+        assert (layer.bias == 0).all()
 
 
 def test_wrong_spaces_are_refused():
