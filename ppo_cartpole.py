@@ -133,7 +133,7 @@ PRESETS = {
     "LunarLander-v3": {
         "total_timesteps": 1_000_000, "learning_rate": 1e-3, "num_steps": 512,
         "anneal_clip": False, "gamma": 0.999, "num_minibatches": 16, "update_epochs": 8,
-        "norm_obs": True, "norm_reward": True, "reward_scale": 1.0,
+        "ent_coef": 0.01, "norm_obs": True, "norm_reward": True,
     },
     "FrozenLake-v1": {"total_timesteps": 100_000, "num_steps": 128, "reward_scale": 1.0},
     "CliffWalking-v1": {  # normalised, one fall would hide what the shorter path is worth
