@@ -39,7 +39,7 @@ class Args:
         "ent_coef=0.0,0.001,0.01,0.03",
     )  # what is tried: FLAG=LOW:HIGH or FLAG=VALUE,VALUE,...
     flags: tuple[str, ...] = ()  # more flags for each run, as in "--total-timesteps=100000"
-    seeds: tuple[int, ...] = (101, 102, 103)  # runs of a trial
+    seeds: tuple[int, ...] = (101, 102, 103, 104, 105)  # runs of a trial; two or three mislead
     trials: int = 50  # trials in all, those of the study's file among them
     jobs: int = 1  # trials side by side
     folder: Path = Path("runs/tune")  # where studies and runs are kept
