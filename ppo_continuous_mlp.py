@@ -120,11 +120,11 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-# What other environments want, in the order of Args; a flag on the command line wins.
 ROBOT = {  # what MuJoCo's share; --anneal-clip costs HalfCheetah 400, Walker2d 660: three seeds
     "learning_rate": 3e-4, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
     "gae_lambda": 0.95, "num_minibatches": 16, "ent_coef": 0.0, "norm_obs": True,
 }  # fmt: skip
+# What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "MountainCarContinuous-v0": {
         "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8,
@@ -285,9 +285,7 @@ class Agent(nn.Module):
         mean = self.get_mean(obs)
         return mean + self.actor_logstd.exp() * torch.randn_like(mean)
 
-    def best_actions(self, obs: Tensor) -> Tensor:
-        """The actions that an evaluation plays, ``[batch, num_actions]``: the mean."""
-        return self.get_mean(obs)
+    best_actions = get_mean  # what an evaluation plays
 
     def evaluate_actions(self, obs: Tensor, actions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """What an update asks of ``actions``: log-probability, entropy and value, ``[batch]``."""
