@@ -123,8 +123,8 @@ class Args:
 # What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "Acrobot-v1": {
-        "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128, "gamma": 0.999,
-        "num_minibatches": 16, "update_epochs": 8,
+        "num_envs": 8, "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128,
+        "anneal_clip": False, "gamma": 0.999, "num_minibatches": 16, "update_epochs": 8,
     },
     "MountainCar-v0": {
         "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128, "gamma": 0.999,

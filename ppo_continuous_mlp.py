@@ -135,9 +135,8 @@ PRESETS = {
         "gae_lambda": 0.95, "num_minibatches": 16, "ent_coef": 0.0,
     },
     "Pendulum-v1": {
-        "total_timesteps": 200_000, "num_steps": 64, "gamma": 0.98, "gae_lambda": 0.9,
-        "num_minibatches": 8, "ent_coef": 0.02, "norm_obs": True, "hidden_size": 128,
-        "log_std_init": 0.5,
+        "total_timesteps": 200_000, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
+        "gae_lambda": 0.9, "num_minibatches": 8, "update_epochs": 20,
     },
     "HalfCheetah-v5": {
         "num_envs": 8, **ROBOT, "learning_rate": 2e-4, "gamma": 0.98, "gae_lambda": 0.92,
