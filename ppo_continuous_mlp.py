@@ -126,6 +126,7 @@ ROBOT = {  # what MuJoCo's share; --anneal-clip costs HalfCheetah 400, Walker2d 
 }  # fmt: skip
 # What other environments want, in the order of Args; a flag on the command line wins.
 PRESETS = {
+    "LunarLanderContinuous-v3": {"anneal_clip": False},
     "MountainCarContinuous-v0": {
         "total_timesteps": 100_000, "num_steps": 128, "gamma": 0.9999, "num_minibatches": 8,
         "update_epochs": 20, "ent_coef": 0.0, "norm_obs": True,
@@ -154,9 +155,7 @@ PRESETS = {
         "gamma": 0.9999, "ent_coef": 0.0, "norm_obs": True,
     },
     "InvertedPendulum-v5": {"total_timesteps": 100_000, **ROBOT, "learning_rate": 1e-3},
-    "InvertedDoublePendulum-v5": {  # with less noise it forgets how to catch a wide start
-        "anneal_clip": False, "gamma": 0.99, "gae_lambda": 0.95, "ent_coef": 0.02,
-    },
+    "InvertedDoublePendulum-v5": {"anneal_clip": False, "gamma": 0.99, "ent_coef": 0.02},
 }  # fmt: skip
 
 
