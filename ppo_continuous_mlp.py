@@ -143,9 +143,7 @@ PRESETS = {
         "num_envs": 8, **ROBOT, "learning_rate": 2e-4, "gamma": 0.98, "gae_lambda": 0.92,
         "num_minibatches": 8, "log_std_init": -2.0,
     },
-    "Hopper-v5": {
-        "num_envs": 8, **ROBOT, "num_steps": 256, "anneal_clip": True, "num_minibatches": 32,
-    },
+    "Hopper-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "num_minibatches": 32},
     "Walker2d-v5": {"num_envs": 8, **ROBOT, "num_minibatches": 8, "log_std_init": -1.0},
     "Ant-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "log_std_init": -2.0},
     "Humanoid-v5": {**ROBOT, "learning_rate": 5e-5, "hidden_size": 256, "log_std_init": -1.0},

@@ -22,7 +22,7 @@ OF_ONE_SCRIPT = {
 }
 CEILINGS = {  # lines of a file, last line of train
     "ppo_cartpole": (980, 505),
-    "ppo_continuous_mlp": (963, 489),
+    "ppo_continuous_mlp": (960, 485),
     "ppo_carracing": (1095, 620),
 }
 
