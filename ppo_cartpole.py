@@ -120,7 +120,7 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-# What other environments want, in the order of Args; a flag on the command line wins.
+# What an environment wants instead, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "Acrobot-v1": {
         "num_envs": 8, "total_timesteps": 500_000, "learning_rate": 1e-3, "num_steps": 128,

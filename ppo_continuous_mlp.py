@@ -120,11 +120,11 @@ class Args:
         return self.total_timesteps // self.batch_size
 
 
-ROBOT = {  # what MuJoCo's share
+ROBOT = {  # what most of MuJoCo's environments share
     "learning_rate": 3e-4, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
     "gae_lambda": 0.95, "num_minibatches": 16, "ent_coef": 0.0, "norm_obs": True,
 }  # fmt: skip
-# What other environments want, in the order of Args; a flag on the command line wins.
+# What an environment wants instead, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "LunarLanderContinuous-v3": {"anneal_clip": False},
     "MountainCarContinuous-v0": {

@@ -398,7 +398,8 @@ def test_the_wrong_environment_is_refused_with_the_right_script(mlp_script, tmp_
 
 def test_env_id_picks_its_preset_and_flags_win(mlp_script, monkeypatch):
     """Also a flag that says what the default says."""
-    env_id = next(id for id, values in mlp_script.PRESETS.items() if "total_timesteps" in values)
+    presets = mlp_script.PRESETS
+    env_id = next(name for name in presets if "total_timesteps" in presets[name])
     default = mlp_script.Args().total_timesteps
     plain = parsed(mlp_script, monkeypatch, "--env-id", env_id)
     assert plain == mlp_script.preset(env_id) != mlp_script.Args()
