@@ -63,7 +63,7 @@ class Args:
     cuda: bool = field(default_factory=torch.cuda.is_available)  # train on the GPU
     torch_deterministic: bool = True  # let cuDNN use deterministic kernels only
     num_threads: int = 1  # torch's threads in an update; collecting always takes one
-    compile: bool = False  # compile the loss, on a GPU into CUDA graphs; takes half a minute
+    compile: bool = False  # compile gradients, on a GPU into CUDA graphs; takes half a minute
     resume: Path | None = None  # go on with this run: its folder, or one of its checkpoints
     evaluate: Path | None = None  # play this run's folder or checkpoint instead of training
     eval_episodes: int = 100  # episodes of an evaluation, with --evaluate and after training
@@ -354,6 +354,8 @@ def ppo_loss(agent, minibatch, clip_coef, args):
     new_logprob, entropy, new_value = agent(minibatch["obs"], minibatch["actions"])
     advantages, returns = minibatch["advantages"], minibatch["returns"]
     assert new_logprob.shape == entropy.shape == new_value.shape == returns.shape  # [batch]
+    if args.norm_adv and len(advantages) > 1:
+        advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
 
     logratio = new_logprob - minibatch["logprobs"]
     ratio = logratio.exp()
@@ -426,34 +428,37 @@ def collect(agent, envs, obs, num_steps):
     return rollout, obs, episodes
 
 
-def update(agent, optimizer, rollout, clip_coef, args, loss_fn=ppo_loss):
+def backward(agent, minibatch, clip_coef, args):
+    """Leaves the gradients of ``ppo_loss`` in the agent, scaled down to a norm of
+    ``max_grad_norm``. Returns what is logged. This is what ``--compile`` compiles."""
+    loss, stats = ppo_loss(agent, minibatch, clip_coef, args)
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    return stats | {"grad_norm": grad_norm}
+
+
+def update(agent, optimizer, rollout, clip_coef, args, backward_fn=backward):
     """Improves the agent on one rollout, in epochs of shuffled minibatches. Returns what is logged:
     means; explained_variance is how much of the returns the critic foresaw, 1 all, 0 nothing."""
     inputs = map(rollout.get, ("rewards", "values", "next_values", "terminations", "dones"))
     advantages, returns = compute_gae(*inputs, args.gamma, args.gae_lambda)
     batch = rollout | {"advantages": advantages, "returns": returns}
     batch = {name: tensor.flatten(0, 1) for name, tensor in batch.items()}
-    parameters, all_stats = list(agent.parameters()), []
+    all_stats = []
     clip_coef = torch.tensor(clip_coef, device=returns.device)  # a new float would be compiled anew
     for _ in range(args.update_epochs):
         shuffled = torch.randperm(returns.numel(), device=returns.device)
         for rows in shuffled.chunk(args.num_minibatches):
             minibatch = {name: tensor[rows] for name, tensor in batch.items()}
-            if args.norm_adv and len(rows) > 1:
-                advantages = minibatch["advantages"]
-                advantages = (advantages - advantages.mean()) / (advantages.std() + 1e-8)
-                minibatch["advantages"] = advantages
-            loss, stats = loss_fn(agent, minibatch, clip_coef, args)
             optimizer.zero_grad()
-            loss.backward()
-            grad_norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            stats = backward_fn(agent, minibatch, clip_coef, args)
             optimizer.step()
-            # Stacked now: a compiled loss writes the next minibatch's into the same memory.
-            all_stats.append(torch.stack([*stats.values(), grad_norm]))
+            # Stacked now: a CUDA graph writes the next minibatch's into the same memory.
+            all_stats.append(torch.stack([*stats.values()]))
         if args.target_kl is not None and all_reduce_mean(stats["approx_kl"]) > args.target_kl:
             break
     explained_variance = 1 - (returns - rollout["values"]).var() / returns.var()
-    losses = dict(zip([*stats, "grad_norm"], torch.stack(all_stats).mean(0).tolist()))
+    losses = dict(zip(stats, torch.stack(all_stats).mean(0).tolist()))
     return losses | {"explained_variance": explained_variance.item()}
 
 
@@ -473,7 +478,7 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
         optimizer = torch.optim.Adam(agent.parameters(), eps=1e-5, fused=True)
         run = Run(args, agent, optimizer, envs)  # a new one, or the one of --resume
         learner = DistributedDataParallel(agent) if WORLD_SIZE > 1 else agent
-        loss_fn = torch.compile(ppo_loss, mode="reduce-overhead") if args.compile else ppo_loss
+        backward_fn = torch.compile(backward, mode="reduce-overhead") if args.compile else backward
         # A checkpoint has no episodes in flight: a resumed run starts new ones, from new seeds.
         obs, _ = envs.reset(seed=args.seed + run.iteration * args.num_envs + RANK * num_envs)
         with run:
@@ -489,7 +494,7 @@ def train(args: Args) -> tuple[np.ndarray, Path]:
                 collect_seconds = time.perf_counter() - start
 
                 torch.set_num_threads(args.num_threads)
-                losses = update(learner, optimizer, rollout, clip_coef, args, loss_fn)
+                losses = update(learner, optimizer, rollout, clip_coef, args, backward_fn)
                 losses["clip_coef"] = clip_coef
                 if args.norm_obs:
                     agent.obs_norm.update(rollout["obs"])
@@ -807,6 +812,8 @@ def set_up(args: Args) -> torch.device:
     torch.manual_seed(args.seed + RANK)
     torch.set_num_threads(args.num_threads)  # the first weights' last bits depend on it
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.compile:  # the gradients too, but where DistributedDataParallel averages them in hooks
+        torch._dynamo.config.trace_autograd_ops = WORLD_SIZE == 1
     return device
 
 

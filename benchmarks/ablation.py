@@ -90,7 +90,7 @@ def advantages_again(script) -> None:
     """Values and advantages are computed again before each epoch."""
     honest = script.update
 
-    def update(agent, optimizer, rollout, clip_coef, args, loss_fn):
+    def update(agent, optimizer, rollout, clip_coef, args, backward_fn):
         goes_on = rollout["next_values"][:-1] == rollout["values"][1:]
         for epoch in range(args.update_epochs):
             if epoch:
@@ -101,7 +101,7 @@ def advantages_again(script) -> None:
                 next_values[:-1] = torch.where(goes_on, values[1:], next_values[:-1])
                 rollout = rollout | {"values": values, "next_values": next_values}
             one = replace(args, update_epochs=1)
-            losses = honest(agent, optimizer, rollout, clip_coef, one, loss_fn)
+            losses = honest(agent, optimizer, rollout, clip_coef, one, backward_fn)
         return losses
 
     script.update = update

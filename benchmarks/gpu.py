@@ -58,10 +58,10 @@ def prepared(script, device: torch.device) -> tuple:
     return settings, agent, rollout, obs
 
 
-def minibatch(script, settings, agent, rollout, loss_fn: Callable, repetitions: int) -> float:
+def minibatch(script, settings, agent, rollout, backward_fn: Callable, repetitions: int) -> float:
     """Milliseconds of one minibatch of an update, its share of GAE and of shuffling included."""
     optimizer = torch.optim.Adam(agent.parameters(), lr=1e-6, eps=1e-5, fused=True)
-    inputs = [agent, optimizer, rollout, settings.clip_coef, settings, loss_fn]
+    inputs = [agent, optimizer, rollout, settings.clip_coef, settings, backward_fn]
     took = milliseconds(lambda: script.update(*inputs), repetitions)
     return took / settings.update_epochs / settings.num_minibatches
 
@@ -74,10 +74,11 @@ def parts(script, args: Args) -> None:
     def answer() -> None:
         agent.env_actions(agent.sample_actions(torch.tensor(obs, device=device)))
 
-    compiled_loss = torch.compile(script.ppo_loss, mode="reduce-overhead")
+    torch._dynamo.config.trace_autograd_ops = True
+    compiled_backward = torch.compile(script.backward, mode="reduce-overhead")
     inputs = [script, settings, agent, rollout]
-    eager = minibatch(*inputs, script.ppo_loss, args.repetitions)
-    compiled = minibatch(*inputs, compiled_loss, args.repetitions)
+    eager = minibatch(*inputs, script.backward, args.repetitions)
+    compiled = minibatch(*inputs, compiled_backward, args.repetitions)
     size = settings.batch_size // settings.num_minibatches
     print(f"  minibatch of {size}    {eager:8.3f} ms eager {compiled:8.3f} ms compiled", end="")
     print(f"   {eager / compiled:.1f} x as fast")

@@ -60,7 +60,7 @@ def main() -> None:
         one, _ = whole_run(script, flags, args.iterations, processes=1)
         two, _ = whole_run(script, flags, args.iterations, processes=2)
         settings, agent, rollout, _ = prepared(script, torch.device("cpu"))
-        computing = minibatch(script, settings, agent, rollout, script.ppo_loss, 3)
+        computing = minibatch(script, settings, agent, rollout, script.backward, 3)
         numbers = sum(parameter.numel() for parameter in agent.parameters())
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", __file__]
         averaging = float(subprocess.check_output([*command, "--message", str(numbers)], text=True))

@@ -116,25 +116,22 @@ def test_update_starts_at_ratio_one_and_lowers_the_loss(mlp_script, tmp_path):
     assert losses["value_loss"] < 0.5 * first["value_loss"]
 
 
-def test_an_epoch_sees_every_row_once_with_normalised_advantages(mlp_script, tmp_path):
+def test_an_epoch_sees_every_row_once(mlp_script, tmp_path):
     """Also rows that a copy of the script added to its rollout."""
     args, envs, agent = prepared(mlp_script, tmp_path, "Mortal", num_minibatches=4, update_epochs=1)
     rollout, _, _ = mlp_script.collect(agent, envs, envs.reset(seed=1)[0], 16)
     rollout["mine"] = torch.arange(32.0).view(16, 2)
     seen = []
 
-    def loss_fn(agent, minibatch, clip_coef, args):
+    def backward_fn(agent, minibatch, clip_coef, args):
         seen.append(minibatch)
-        return mlp_script.ppo_loss(agent, minibatch, clip_coef, args)
+        return mlp_script.backward(agent, minibatch, clip_coef, args)
 
     optimizer = torch.optim.Adam(agent.parameters())
-    mlp_script.update(agent, optimizer, rollout, 0.2, args, loss_fn)
+    mlp_script.update(agent, optimizer, rollout, 0.2, args, backward_fn)
     assert [len(minibatch["obs"]) for minibatch in seen] == [8] * 4
     rows = torch.cat([minibatch["mine"] for minibatch in seen])
     assert sorted(rows.tolist()) == list(range(32)) and rows.tolist() != list(range(32))
-    for minibatch in seen:
-        assert minibatch["advantages"].mean().abs() < 1e-6
-        assert minibatch["advantages"].std() == pytest.approx(1, abs=1e-4)
 
 
 def test_target_kl_ends_an_update(mlp_script, tmp_path):

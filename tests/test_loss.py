@@ -31,7 +31,7 @@ def zeros(n=1):
 def loss_of(tensors, clip_coef=0.2, **settings):
     """ppo_loss of an agent that answers what ``tensors`` says."""
     agent = Fixed(tensors["new_logprob"], tensors["entropy"], tensors["new_value"])
-    args = ppo_cartpole.Args(**({"vf_coef": 0.0, "ent_coef": 0.0} | settings))
+    args = ppo_cartpole.Args(**({"vf_coef": 0.0, "ent_coef": 0.0, "norm_adv": False} | settings))
     minibatch = {"obs": None, "actions": None, **tensors}
     return ppo_cartpole.ppo_loss(agent, minibatch, torch.tensor(clip_coef).double(), args)
 
@@ -78,6 +78,17 @@ def test_gradcheck(clip_vloss):
         return loss_of(tensors | new, **settings)[0]
 
     assert torch.autograd.gradcheck(loss, inputs)
+
+
+def test_advantages_are_normalised_in_each_minibatch():
+    """But not a single one, which has no deviation."""
+    tensors = batch()
+    advantages = 5 * tensors["advantages"] + 3
+    expected = (advantages - advantages.mean()) / advantages.std()
+    loss, _ = loss_of(tensors | {"advantages": advantages}, norm_adv=True)
+    torch.testing.assert_close(loss, loss_of(tensors | {"advantages": expected})[0])
+    one = {name: tensor[:1] for name, tensor in tensors.items()}
+    torch.testing.assert_close(loss_of(one, norm_adv=True)[0], loss_of(one)[0])
 
 
 def test_terms_add_up():

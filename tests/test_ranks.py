@@ -64,10 +64,11 @@ def test_two_processes_learn_cartpole_with_the_same_weights_and_one_writes(tmp_p
 
 @pytest.mark.parametrize("name", ["ppo_continuous_mlp", "ppo_carracing"])
 def test_the_other_scripts_run_on_two_processes_and_nodes(tmp_path, name):
-    """As two nodes of one process each, which meet on the loopback."""
+    """As two nodes of one process each, which meet on the loopback; one script compiled."""
     program = WITNESS.format(root=str(ROOT), script=name)
     flags = ["--num-envs", "4", "--num-steps", "16", "--num-minibatches", "2"]
     flags += ["--update-epochs", "2", "--total-timesteps", "128", "--eval-episodes", "1"]
+    flags += ["--compile"] if name == "ppo_continuous_mlp" else []
     rendezvous = ["--nnodes", "2", "--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:29517"]
     options = {"ranks": 1, "torchrun": rendezvous}
     nodes = [start(tmp_path, program, *flags, "--norm-reward", **options) for _ in range(2)]
