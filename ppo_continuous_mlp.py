@@ -140,8 +140,7 @@ PRESETS = {
         "gae_lambda": 0.9, "num_minibatches": 8, "update_epochs": 20,
     },
     "HalfCheetah-v5": {
-        "num_envs": 8, **ROBOT, "learning_rate": 2e-4, "gamma": 0.98, "gae_lambda": 0.92,
-        "num_minibatches": 8, "log_std_init": -2.0,
+        "num_envs": 64, **ROBOT, "num_steps": 32, "num_minibatches": 32, "log_std_init": -0.5,
     },
     "Hopper-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "num_minibatches": 32},
     "Walker2d-v5": {"num_envs": 8, **ROBOT, "num_minibatches": 8, "log_std_init": -1.0},
