@@ -142,7 +142,10 @@ PRESETS = {
     "HalfCheetah-v5": {
         "num_envs": 64, **ROBOT, "num_steps": 32, "num_minibatches": 32, "log_std_init": -0.5,
     },
-    "Hopper-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "num_minibatches": 32},
+    "Hopper-v5": {  # with gamma 0.99 and lambda 0.95 every third run ended below 2100
+        "num_envs": 8, **ROBOT, "num_steps": 256, "gamma": 0.995, "gae_lambda": 0.98,
+        "num_minibatches": 32,
+    },
     "Walker2d-v5": {"num_envs": 8, **ROBOT, "num_minibatches": 8, "log_std_init": -1.0},
     "Ant-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "log_std_init": -2.0},
     "Humanoid-v5": {**ROBOT, "learning_rate": 5e-5, "hidden_size": 256, "log_std_init": -1.0},
