@@ -812,7 +812,7 @@ def set_up(args: Args) -> torch.device:
     torch.manual_seed(args.seed + RANK)
     torch.set_num_threads(args.num_threads)  # the first weights' last bits depend on it
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.compile:  # the gradients too, but where DistributedDataParallel averages them in hooks
+    if args.compile:  # loss.backward() too, unless DistributedDataParallel hooks into it
         torch._dynamo.config.trace_autograd_ops = WORLD_SIZE == 1
     return device
 
