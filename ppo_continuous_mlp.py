@@ -124,6 +124,8 @@ ROBOT = {  # what most of MuJoCo's environments share
     "learning_rate": 3e-4, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
     "gae_lambda": 0.95, "num_minibatches": 16, "ent_coef": 0.0, "norm_obs": True,
 }  # fmt: skip
+# Of many environments a few steps each: HalfCheetah 6296 instead of 5318, Humanoid 5687 after 1006.
+MANY_ROBOTS = {"num_envs": 64, **ROBOT, "num_steps": 32, "num_minibatches": 32}
 # What an environment wants instead, in the order of Args; a flag on the command line wins.
 PRESETS = {
     "LunarLanderContinuous-v3": {"anneal_clip": False},
@@ -139,16 +141,14 @@ PRESETS = {
         "total_timesteps": 200_000, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
         "gae_lambda": 0.9, "num_minibatches": 8, "update_epochs": 20,
     },
-    "HalfCheetah-v5": {
-        "num_envs": 64, **ROBOT, "num_steps": 32, "num_minibatches": 32, "log_std_init": -0.5,
-    },
+    "HalfCheetah-v5": {**MANY_ROBOTS, "log_std_init": -0.5},
     "Hopper-v5": {  # with gamma 0.99 and lambda 0.95 two of five runs ended at 1572 and 2060
         "num_envs": 8, **ROBOT, "num_steps": 256, "gamma": 0.995, "gae_lambda": 0.98,
         "num_minibatches": 32,
     },
     "Walker2d-v5": {"num_envs": 8, **ROBOT, "num_minibatches": 8, "log_std_init": -1.0},
     "Ant-v5": {"num_envs": 8, **ROBOT, "num_steps": 256, "log_std_init": -2.0},
-    "Humanoid-v5": {**ROBOT, "learning_rate": 5e-5, "hidden_size": 256, "log_std_init": -1.0},
+    "Humanoid-v5": {**MANY_ROBOTS, "learning_rate": 1e-4, "hidden_size": 256},
     "Reacher-v5": {**ROBOT, "learning_rate": 5e-4, "gamma": 0.95, "log_std_init": -1.0},
     "Swimmer-v5": {  # with lambda 0.95 and 16 minibatches, as in ROBOT, a run ended at 121, not 324
         "num_envs": 4, "learning_rate": 6e-4, "num_steps": 1024, "anneal_clip": False,
