@@ -143,7 +143,7 @@ PRESETS = {
     "Hopper-v5": {  # with gamma 0.99 and lambda 0.95 two of five runs ended at 1572 and 2060
         **ROBOT, "num_envs": 8, "num_steps": 256, "gamma": 0.995, "gae_lambda": 0.98,
     },
-    "Walker2d-v5": {**ROBOT, "learning_rate": 1e-4, "hidden_size": 256, "log_std_init": -0.5},
+    "Walker2d-v5": {**ROBOT, "learning_rate": 1e-4, "hidden_size": 256},
     "Ant-v5": {**ROBOT, "learning_rate": 1e-4, "hidden_size": 256, "log_std_init": -1.0},
     "Humanoid-v5": {**ROBOT, "learning_rate": 1e-4, "hidden_size": 256},
     "Reacher-v5": {**ROBOT, "learning_rate": 5e-4, "gamma": 0.95, "log_std_init": -1.0},
