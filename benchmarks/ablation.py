@@ -269,7 +269,7 @@ def main() -> None:
         done = {(row["environment"], row["detail"], int(row["seed"])) for row in read(RESULTS)}
         queue = [(e, d, seed) for e in args.envs for seed in args.seeds for d in args.details]
         queue = [job for job in queue if job not in done and not is_idle(*job[:2])]
-        print(f"{len(queue)} runs are left", file=sys.stderr, flush=True)
+        print(f"runs left: {len(queue)}", file=sys.stderr, flush=True)
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(run, queue))
     print_table(args)

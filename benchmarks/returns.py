@@ -302,7 +302,7 @@ def main() -> None:
             known = [float(r["seconds"]) for r in same if r["seconds"]]
             hours += np.mean(known) / 3600 if known else 0
             unknown += not known
-        note = f"{len(queue)} runs are left: {hours / args.jobs:.1f} hours"
+        note = f"runs left: {len(queue)}, {hours / args.jobs:.1f} hours"
         print(f"{note}, and {unknown} of unknown length", file=sys.stderr, flush=True)
         lock = Lock()
         with ThreadPoolExecutor(args.jobs) as pool:
