@@ -140,7 +140,7 @@ PRESETS = {
         "total_timesteps": 200_000, "num_steps": 128, "anneal_clip": False, "gamma": 0.99,
         "gae_lambda": 0.9, "num_minibatches": 8, "update_epochs": 20,
     },
-    "HalfCheetah-v5": {**ROBOT, "log_std_init": -0.5},
+    "HalfCheetah-v5": {**ROBOT, "log_std_init": -1.0},
     # With gamma 0.99 and lambda 0.95 two of Hopper's five runs ended at 1572 and 2060.
     "Hopper-v5": {**ROBOT, "num_envs": 8, "num_steps": 256, "gamma": 0.995, "gae_lambda": 0.98},
     "Walker2d-v5": {**ROBOT, "learning_rate": 1e-4, "hidden_size": 256},
