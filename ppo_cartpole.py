@@ -135,18 +135,13 @@ PRESETS = {
         "anneal_clip": False, "gamma": 0.999, "num_minibatches": 16, "update_epochs": 8,
         "ent_coef": 0.01, "norm_obs": True, "norm_reward": True,
     },
-    "FrozenLake-v1": {"total_timesteps": 100_000, "num_steps": 128, "reward_scale": 1.0},
+    "FrozenLake-v1": {"total_timesteps": 300_000, "ent_coef": 0.03},
     "CliffWalking-v1": {  # normalised, one fall would hide what the shorter path is worth
         "total_timesteps": 300_000, "num_steps": 128, "anneal_clip": False, "gamma": 0.999,
-        "gae_lambda": 0.95, "norm_adv": False, "ent_coef": 0.03,
+        "norm_adv": False, "ent_coef": 0.03,
     },
-    "Taxi-v4": {
-        "total_timesteps": 300_000, "num_steps": 128, "gamma": 0.99, "gae_lambda": 0.95,
-        "ent_coef": 0.01,
-    },
-    "Blackjack-v1": {
-        "total_timesteps": 100_000, "num_steps": 128, "gae_lambda": 0.95, "reward_scale": 1.0,
-    },
+    "Taxi-v4": {"total_timesteps": 300_000, "num_steps": 128, "gamma": 0.99, "ent_coef": 0.03},
+    "Blackjack-v1": {"total_timesteps": 100_000},
 }  # fmt: skip
 
 
