@@ -15,6 +15,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import car_racing_ablation
 
 README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "benchmarks" / "README.md").read_text()
 DOCUMENTS = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md"]
 SCRIPTS = {
     f"{script.__name__}.py": script for script in (ppo_cartpole, ppo_carracing, ppo_continuous_mlp)
@@ -25,10 +26,10 @@ SCRIPTS = {
 T = {2: 4.302653, 3: 3.182446, 4: 2.776445, 5: 2.570582, 6: 2.446912, 7: 2.364624, 8: 2.306004}
 
 
-def tables() -> list[dict[str, str]]:
-    """Each row of the README's tables, by its columns."""
+def tables(text: str = README) -> list[dict[str, str]]:
+    """Each row of a document's tables, by its columns."""
     rows, columns = [], None
-    for line in README.splitlines():
+    for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip("|").split("|")]
         if not line.startswith("| "):
             columns = None
@@ -52,6 +53,14 @@ def measured(environment: str, who: str, seeds=range(1, 6)) -> list[float]:
     return [float(row["mean"]) for row in rows]
 
 
+def assert_interval(cell: str, means: list[float]) -> None:
+    """``cell`` is the mean of ``means`` ± half of its 95% interval."""
+    mean, half = map(float, cell.split(" ± "))
+    assert mean == pytest.approx(statistics.mean(means), abs=0.051)
+    error = statistics.stdev(means) / len(means) ** 0.5
+    assert half == pytest.approx(T[len(means) - 1] * error, abs=0.06)
+
+
 def test_each_return_in_the_readme_is_a_measured_one():
     rows = [row for row in tables() if "steps" in row]
     assert len(rows) == 17  # four more stand in a sentence
@@ -60,10 +69,7 @@ def test_each_return_in_the_readme_is_a_measured_one():
         sides = {who: measured(environment, who) for who in ("ours", "SB3") if row.get(who)}
         assert "ours" in sides
         for who, means in sides.items():
-            mean, half = map(float, row[who].split(" ± "))
-            assert mean == pytest.approx(statistics.mean(means), abs=0.051), (environment, who)
-            error = statistics.stdev(means) / len(means) ** 0.5
-            assert half == pytest.approx(T[len(means) - 1] * error, abs=0.06), environment
+            assert_interval(row[who], means)
         if "SB3" in sides:
             difference = statistics.mean(sides["ours"]) - statistics.mean(sides["SB3"])
             assert float(row["difference"].split(",")[0]) == pytest.approx(difference, abs=0.051)
@@ -77,6 +83,14 @@ def test_the_returns_that_stand_in_a_sentence_are_measured_too():
     for environment, figure in zip(environments, figures):
         mean = statistics.mean(measured(environment, "ours"))
         assert float(figure) == pytest.approx(mean, abs=0.051)
+
+
+def test_each_return_on_other_seeds_is_a_measured_one():
+    rows = [row for row in tables(BENCHMARKS) if "seeds 11 to 15" in row]
+    assert len(rows) >= 10
+    for row in rows:
+        assert_interval(row["seeds 1 to 5"], measured(row["environment"], "ours"))
+        assert_interval(row["seeds 11 to 15"], measured(row["environment"], "ours", range(11, 16)))
 
 
 def test_what_the_scripts_reach_with_no_flag_is_measured():
