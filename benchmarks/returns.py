@@ -84,12 +84,12 @@ ZOO = {
         "clip_range": 0.1, "n_epochs": 20, "max_grad_norm": 1, "vf_coef": 0.871923,
     },
     "Ant-v5": {"normalize": True, "n_envs": 1},
-    "Swimmer-v5": {"normalize": True, "n_envs": 1, "gamma": 0.9999},
     "Humanoid-v5": {
         **MUJOCO, "batch_size": 256, "gamma": 0.95, "learning_rate": 3.56987e-5,
         "ent_coef": 0.00238306, "clip_range": 0.3, "n_epochs": 5, "gae_lambda": 0.9,
         "max_grad_norm": 2, "vf_coef": 0.431892, "policy_kwargs": MLP_256,
     },
+    "Swimmer-v5": {"normalize": True, "n_envs": 1, "gamma": 0.9999},
     "Reacher-v5": {
         **MUJOCO, "batch_size": 32, "gamma": 0.9, "learning_rate": 1.04019e-4,
         "ent_coef": 7.52585e-8, "clip_range": 0.3, "n_epochs": 5, "gae_lambda": 1.0,
