@@ -75,6 +75,14 @@ def test_each_return_in_the_readme_is_a_measured_one():
             assert float(row["difference"].split(",")[0]) == pytest.approx(difference, abs=0.051)
 
 
+def test_each_return_says_which_run_it_is_of():
+    for row in results("returns.csv"):
+        assert all(row.values()), row  # steps, seconds, date, commit and machine among them
+    for environment in {row["environment"] for row in tables() if "steps" in row}:
+        assert len(measured(environment, "ours")) == 5
+        assert len(measured(environment, "SB3")) == 3
+
+
 def test_the_returns_that_stand_in_a_sentence_are_measured_too():
     sentence = README.replace("\n", " ").split("The zoo has no settings for ")[1]
     names, figures = sentence.split(" of at most ")[0].split(": ")
