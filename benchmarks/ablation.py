@@ -158,6 +158,7 @@ DETAILS = {
     "scaled rewards": {"norm_reward": False, "reward_scale": 1.0},
     "+ normalised observations": {"norm_obs": True},
     "+ scaled rewards": {"norm_reward": True, "reward_scale": 1.0},
+    "+ annealing of the clip range": {"anneal_clip": True},
     "+ clipping of the value": {"clip_vloss": True},
     "+ advantages again at each epoch": advantages_again,
     "+ a deviation for each observation": deviation_by_state,
