@@ -180,6 +180,8 @@ def is_idle(env_id: str, detail: str) -> bool:
     script = script_for(env_id)
     if detail == "+ a deviation for each observation":
         return not hasattr(script.preset(env_id), "log_std_init")
+    if detail == "+ scaled rewards":  # what reward_scale is under them makes no difference
+        return script.preset(env_id).norm_reward
     changes, settings = DETAILS[detail], vars(script.preset(env_id))
     if not isinstance(changes, dict) or not changes:
         return False

@@ -123,9 +123,16 @@ def test_what_the_scripts_reach_with_no_flag_is_measured():
 ABLATED = {
     "2": {"PyTorch's": "orthogonal initialisation", "last layer 1": "the last layer's 0.01"},
     "3": {"": "Adam's epsilon of 1e-5"},
-    "4": {"rate fixed": "annealing of the learning rate", "clip": "annealing of the clip range"},
+    "4": {
+        "rate fixed": "annealing of the learning rate",
+        "clip fixed": "annealing of the clip range",
+        "clip falling, not fixed": "+ annealing of the clip range",
+    },
     "5": {"λ = 0": "GAE: lambda 0", "λ = 1": "GAE: lambda 1"},
-    "6": {"first": "the true last observation", "death": "time limits told from terminations"},
+    "6": {
+        "the reset's value": "the true last observation",
+        "death": "time limits told from terminations",
+    },
     "7": {"one epoch": "several epochs"},
     "8": {"": "normalised advantages"},
     "9": {"": "clipping of the ratio"},
