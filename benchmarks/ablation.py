@@ -2,7 +2,7 @@
 
 Trains without one detail at a time, over environments and seeds, and judges the final policy on
 100 unseen episodes, without noise. What isn't a flag is changed from outside: a function or a class
-of the script is replaced in the process that trains. Details that the scripts don't have are added,
+of the script is replaced in the process that trains. Details that a preset doesn't have are added,
 one at a time: their names begin with a plus. What is done stands in results/ablation.csv and is not
 done again. All of it takes some hours; ``--quick`` makes one row in a few minutes, ``--table``
 prints what there is.
@@ -180,7 +180,7 @@ def is_idle(env_id: str, detail: str) -> bool:
     script = script_for(env_id)
     if detail == "+ a deviation for each observation":
         return not hasattr(script.preset(env_id), "log_std_init")
-    if detail == "+ scaled rewards":  # what reward_scale is under them makes no difference
+    if detail == "+ scaled rewards":  # where they are, reward_scale alone makes no difference
         return script.preset(env_id).norm_reward
     changes, settings = DETAILS[detail], vars(script.preset(env_id))
     if not isinstance(changes, dict) or not changes:
